@@ -1,0 +1,48 @@
+// One f32 lane in plain C++: the reference that every other instruction set must equal. Include only from isa/scalar.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace dynprune {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 1;
+  static constexpr int kRegisters = 16;
+  float v;
+};
+struct Mask {
+  bool m;
+};
+
+inline Vec zero() { return {0.0f}; }
+inline Vec set1(float x) { return {x}; }
+inline Vec load(const float* p) { return {*p}; }
+inline Vec load_partial(const float* p, int n) { return {n > 0 ? *p : 0.0f}; }
+inline void store(float* p, Vec a) { *p = a.v; }
+inline void store_partial(float* p, Vec a, int n) {
+  if (n > 0) *p = a.v;
+}
+
+inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+// min/max hand on a NaN that stands in the second operand, as the vector instructions do.
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec sqrt(Vec a) { return {std::sqrt(a.v)}; }
+inline Vec abs(Vec a) { return {std::fabs(a.v)}; }
+inline Vec round(Vec a) { return {std::nearbyint(a.v)}; }
+inline Vec scale_by_power_of_2(Vec a, Vec exponent) { return {std::ldexp(a.v, static_cast<int>(exponent.v))}; }
+
+inline Mask greater(Vec a, Vec b) { return {a.v > b.v}; }
+inline Vec select(Mask m, Vec if_true, Vec if_false) { return {m.m ? if_true.v : if_false.v}; }
+
+inline float reduce_add(Vec a) { return a.v; }
+inline float reduce_max(Vec a) { return a.v; }
+
+}  // namespace
+}  // namespace dynprune
