@@ -35,7 +35,7 @@ struct PackArgs {
   int64_t width;  // lanes per panel row, a multiple of the vector length
 };
 
-// out[i][p] = (accumulate ? out[i][p] : 0) + sum_k weight[row_index[i] * weight_stride + weight_offset[k]] * panel[k][p]
+// out[i][p] = (accumulate ? out[i][p] : 0) + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p]
 struct GatherGemmArgs {
   int64_t m;
   int64_t k;
@@ -45,7 +45,8 @@ struct GatherGemmArgs {
   const int32_t* row_index;      // [m]; nullptr: row i is first_row + i
   int64_t first_row;
   const int32_t* weight_offset;  // [k]
-  const float* panel;            // [k][width]
+  const float* panel;            // row k at panel + k * panel_stride; all `width` lanes are read
+  int64_t panel_stride;
   float* out;
   int64_t out_stride;
   bool accumulate;
@@ -90,6 +91,120 @@ struct AxpyRowsArgs {
   float* out;
 };
 
+// A window that slides over one plane: output (oy, ox) sees the input elements (oy * stride_y - pad_top + r * dilation_y,
+// ox * stride_x - pad_left + s * dilation_x); those outside the plane are padding.
+struct Window {
+  int64_t in_height, in_width;
+  int64_t out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_y, stride_x;
+  int64_t pad_top, pad_left;
+  int64_t dilation_y, dilation_x;
+};
+
+// Input rows laid out for a window: one line per row, padding filled in, columns split by their remainder modulo stride_x, so that
+// every tap is a contiguous load: tap s of output column x stands at line + tap_offset[s] + x.
+struct WindowLines {
+  const int32_t* tap_offset;  // [kernel_width] = (s * dilation_x % stride_x) * phase_width + s * dilation_x / stride_x
+  int64_t phase_width;        // columns of one remainder: out_width rounded up to the lanes, plus the reach of the taps; whole vectors
+  int64_t stride;             // floats of a line, stride_x * phase_width
+};
+
+// out[i][x] = clamp(bias + sum_rs weight[r][s] * in(first_row + i, x; r, s), low, high) for num_rows rows of one plane.
+struct DepthwiseArgs {
+  const Window* window;
+  const WindowLines* lines;
+  const float* plane;
+  int64_t first_row;
+  int64_t num_rows;
+  const float* weight;  // [kernel_height][kernel_width]
+  float bias;
+  float low, high;
+  float* packed;  // lines->stride floats for each input row that num_rows output rows see
+  float* out;     // [num_rows][out_width]
+};
+
+// out[i][x] = max of in(first_row + i, x; r, s), padding ignored, NaN handed on; or sum / (row_count[i] * column_count[x]).
+struct PoolArgs {
+  const Window* window;
+  const WindowLines* lines;
+  const float* plane;
+  int64_t first_row;
+  int64_t num_rows;
+  const float* row_count;     // [num_rows]; nullptr: maximum
+  const float* column_count;  // [out_width]
+  float* packed;              // one line, then out_width rounded up to the lanes for each input row seen
+  float* out;                 // [num_rows][out_width]
+};
+
+// out[i] = mean of in[i][0 .. n)
+struct RowMeansArgs {
+  int64_t rows;
+  int64_t n;
+  const float* in;
+  int64_t in_stride;
+  float* out;
+};
+
+// out[i][p] = clamp(in[i][p] * scale[r] + shift[r], low, high), r = row_index ? row_index[i] : first_row + i.
+struct AffineArgs {
+  int64_t rows;
+  int64_t n;
+  const float* in;
+  int64_t in_stride;
+  const float* scale;
+  const float* shift;
+  const int32_t* row_index;
+  int64_t first_row;
+  float low, high;
+  float* out;
+  int64_t out_stride;
+};
+
+enum class Binary : int32_t { kAdd, kSub, kMul, kDiv, kMax, kMin };
+
+// out[i][p] = clamp(a[i][p] op b[r][p or 0], low, high), r as in AffineArgs; with `reverse` b op a. kMax and kMin hand on NaN.
+struct BinaryArgs {
+  Binary kind;
+  bool reverse;
+  int64_t rows;
+  int64_t n;
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  bool b_scalar;  // one value per row of b
+  const int32_t* row_index;
+  int64_t first_row;
+  float low, high;
+  float* out;
+  int64_t out_stride;
+};
+
+// Layer norm or softmax along one axis of rows x n. "Columns": along the rows, one result per position; out_stride is a multiple of the
+// lanes, at least n, and lanes from n to the next multiple are scratch. "Rows": along the positions of each row.
+struct NormalizeArgs {
+  int64_t rows;
+  int64_t n;
+  const float* in;
+  int64_t in_stride;
+  const float* weight;  // layer norm only; of the axis; may be null
+  const float* bias;    // layer norm only; of the axis; may be null
+  float eps;            // layer norm only
+  float* out;
+  int64_t out_stride;
+};
+
+// out[j][i] = in[i][j] for i < rows, j < columns.
+struct TransposeArgs {
+  int64_t rows;
+  int64_t columns;
+  const float* in;
+  int64_t in_stride;
+  float* out;
+  int64_t out_stride;
+};
+
 // The kernels of one instruction set. Filled once in isa/<isa>.cpp; never null.
 struct KernelTable {
   const char* isa;
@@ -100,6 +215,24 @@ struct KernelTable {
   void (*epilogue)(const EpilogueArgs&);
   void (*dot_rows)(const DotRowsArgs&);
   void (*axpy_rows)(const AxpyRowsArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
+  void (*pool)(const PoolArgs&);
+  void (*row_means)(const RowMeansArgs&);
+  void (*affine)(const AffineArgs&);
+  void (*binary)(const BinaryArgs&);
+  void (*layer_norm_columns)(const NormalizeArgs&);
+  void (*layer_norm_rows)(const NormalizeArgs&);
+  void (*softmax_columns)(const NormalizeArgs&);
+  void (*softmax_rows)(const NormalizeArgs&);
+  void (*transpose)(const TransposeArgs&);
 };
+
+const KernelTable& scalar_kernels();
+#if defined(DYNPRUNE_HAVE_AVX2)
+const KernelTable& avx2_kernels();
+#endif
+#if defined(DYNPRUNE_HAVE_AVX512)
+const KernelTable& avx512_kernels();
+#endif
 
 }  // namespace dynprune

@@ -32,14 +32,17 @@ struct StepSpec {
   std::vector<int32_t> branches;  // the step is skipped for a sample for which any of these branch sites is off
 };
 
+class GateState;
+
 // Where a plan's buffers and active lists lie in one run. Cheap to copy; valid while the run's workspace lives.
 struct RunView {
   struct Slot {
     float* base = nullptr;
     int64_t sample_stride = 0;  // elements
   };
-  const Slot* slots = nullptr;              // one per buffer
+  const Slot* slots = nullptr;               // one per buffer
   const ActiveList* const* lists = nullptr;  // lists[site][sample]
+  GateState* gates = nullptr;                // what only gate steps look at
 
   float* row(const Rows& operand, int64_t sample, int64_t row) const {
     const Slot& slot = slots[operand.buffer];
@@ -82,6 +85,8 @@ class Op {
   virtual void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const = 0;
   // Called instead of compute and commit when a branch of this step is off for the sample; an op that adds a residual hands it on.
   virtual void skip(const RunView& /*run*/, int64_t /*sample*/, int64_t /*part*/) const {}
+  // Whether `skip` writes anything; a step that does not is passed over as a whole when no sample needs it.
+  virtual bool hands_over() const { return false; }
 
  protected:
   StepSpec spec_;

@@ -25,6 +25,13 @@ inline Vec zero() { return {_mm256_setzero_ps()}; }
 inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_partial(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }  // lanes >= n are 0
+// Lanes [first, last) are read, the others are those of `fill`; first and last are clamped to the vector.
+inline Vec load_range(const float* p, int64_t first, int64_t last, Vec fill) {
+  const int begin = first <= 0 ? 0 : first >= 8 ? 8 : static_cast<int>(first);
+  const int end = last <= 0 ? 0 : last >= 8 ? 8 : static_cast<int>(last);
+  const __m256i mask = _mm256_andnot_si256(first_lanes(begin), first_lanes(end));
+  return {_mm256_blendv_ps(fill.v, _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
+}
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store_partial(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
 
@@ -39,6 +46,15 @@ inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// |a| = mantissa * 2^exponent with a mantissa in [1, 2); for a > 0 and finite.
+inline Vec split_power_of_2(Vec a, Vec* exponent) {
+  const __m256 denormal = _mm256_cmp_ps(a.v, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ);
+  const __m256i bits = _mm256_castps_si256(_mm256_blendv_ps(a.v, _mm256_mul_ps(a.v, _mm256_set1_ps(8388608.0f)), denormal));
+  const __m256i bias = _mm256_blendv_epi8(_mm256_set1_epi32(127), _mm256_set1_epi32(127 + 23), _mm256_castps_si256(denormal));
+  exponent->v = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), bias));
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x007FFFFF));
+  return {_mm256_castsi256_ps(_mm256_or_si256(fraction, _mm256_set1_epi32(0x3F800000)))};
+}
 // a * 2^exponent for a whole exponent in [-252, 254]; two half steps so that results near the ends of the range stay exact.
 inline Vec scale_by_power_of_2(Vec a, Vec exponent) {
   const __m256i e = _mm256_cvtps_epi32(exponent.v);
@@ -52,6 +68,23 @@ inline Vec scale_by_power_of_2(Vec a, Vec exponent) {
 
 inline Mask greater(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
 inline Vec select(Mask m, Vec if_true, Vec if_false) { return {_mm256_blendv_ps(if_false.v, if_true.v, m.m)}; }
+
+inline Vec max_keep_nan(Vec a, Vec b) {  // a NaN in either operand is handed on
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+inline Vec min_keep_nan(Vec a, Vec b) {
+  return {_mm256_blendv_ps(_mm256_min_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+
+// The even and the odd elements of the 16 that a and b hold.
+inline Vec even_lanes(Vec a, Vec b) {
+  const __m256d halves = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, _MM_SHUFFLE(2, 0, 2, 0)));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, _MM_SHUFFLE(3, 1, 2, 0)))};
+}
+inline Vec odd_lanes(Vec a, Vec b) {
+  const __m256d halves = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, _MM_SHUFFLE(3, 1, 3, 1)));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, _MM_SHUFFLE(3, 1, 2, 0)))};
+}
 
 inline float reduce_add(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

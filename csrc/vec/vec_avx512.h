@@ -5,6 +5,11 @@
 
 #include <cstdint>
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12's own intrinsics start from a register they leave undefined on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace dynprune {
 namespace {
 
@@ -23,6 +28,12 @@ inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }  // lanes >= n are 0
+// Lanes [first, last) are read, the others are those of `fill`; first and last are clamped to the vector.
+inline Vec load_range(const float* p, int64_t first, int64_t last, Vec fill) {
+  const unsigned below_last = last <= 0 ? 0u : last >= 16 ? 0xFFFFu : (1u << last) - 1u;
+  const unsigned below_first = first <= 0 ? 0u : first >= 16 ? 0xFFFFu : (1u << first) - 1u;
+  return {_mm512_mask_loadu_ps(fill.v, static_cast<__mmask16>(below_last & ~below_first), p)};
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store_partial(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 
@@ -37,10 +48,32 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// |a| = mantissa * 2^exponent with a mantissa in [1, 2); for a > 0 and finite.
+inline Vec split_power_of_2(Vec a, Vec* exponent) {
+  exponent->v = _mm512_getexp_ps(a.v);
+  return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero)};
+}
 inline Vec scale_by_power_of_2(Vec a, Vec exponent) { return {_mm512_scalef_ps(a.v, exponent.v)}; }  // a * 2^exponent
 
 inline Mask greater(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
 inline Vec select(Mask m, Vec if_true, Vec if_false) { return {_mm512_mask_blend_ps(m.m, if_false.v, if_true.v)}; }
+
+inline Vec max_keep_nan(Vec a, Vec b) {  // a NaN in either operand is handed on
+  return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
+inline Vec min_keep_nan(Vec a, Vec b) {
+  return {_mm512_mask_mov_ps(_mm512_min_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
+
+// The even and the odd elements of the 32 that a and b hold.
+inline Vec even_lanes(Vec a, Vec b) {
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a.v, index, b.v)};
+}
+inline Vec odd_lanes(Vec a, Vec b) {
+  const __m512i index = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {_mm512_permutex2var_ps(a.v, index, b.v)};
+}
 
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }

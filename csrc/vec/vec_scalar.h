@@ -20,6 +20,7 @@ inline Vec zero() { return {0.0f}; }
 inline Vec set1(float x) { return {x}; }
 inline Vec load(const float* p) { return {*p}; }
 inline Vec load_partial(const float* p, int n) { return {n > 0 ? *p : 0.0f}; }
+inline Vec load_range(const float* p, int64_t first, int64_t last, Vec fill) { return {first <= 0 && last > 0 ? *p : fill.v}; }
 inline void store(float* p, Vec a) { *p = a.v; }
 inline void store_partial(float* p, Vec a, int n) {
   if (n > 0) *p = a.v;
@@ -36,10 +37,26 @@ inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec sqrt(Vec a) { return {std::sqrt(a.v)}; }
 inline Vec abs(Vec a) { return {std::fabs(a.v)}; }
 inline Vec round(Vec a) { return {std::nearbyint(a.v)}; }
-inline Vec scale_by_power_of_2(Vec a, Vec exponent) { return {std::ldexp(a.v, static_cast<int>(exponent.v))}; }
+// |a| = mantissa * 2^exponent with a mantissa in [1, 2); for a > 0 and finite.
+inline Vec split_power_of_2(Vec a, Vec* exponent) {
+  int power = 0;
+  const float mantissa = std::frexp(a.v, &power);
+  exponent->v = static_cast<float>(power - 1);
+  return {2.0f * mantissa};
+}
+inline Vec scale_by_power_of_2(Vec a, Vec exponent) {  // a * 2^exponent for a whole exponent; a NaN in either is handed on
+  return {exponent.v == exponent.v ? std::ldexp(a.v, static_cast<int>(exponent.v)) : exponent.v};
+}
 
 inline Mask greater(Vec a, Vec b) { return {a.v > b.v}; }
 inline Vec select(Mask m, Vec if_true, Vec if_false) { return {m.m ? if_true.v : if_false.v}; }
+
+inline Vec max_keep_nan(Vec a, Vec b) { return {a.v != a.v || a.v > b.v ? a.v : b.v}; }  // a NaN in either operand is handed on
+inline Vec min_keep_nan(Vec a, Vec b) { return {a.v != a.v || a.v < b.v ? a.v : b.v}; }
+
+// The even and the odd elements of the two that a and b hold.
+inline Vec even_lanes(Vec a, Vec) { return a; }
+inline Vec odd_lanes(Vec, Vec b) { return b; }
 
 inline float reduce_add(Vec a) { return a.v; }
 inline float reduce_max(Vec a) { return a.v; }

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+import itertools
+import math
 from dataclasses import dataclass
 
-from dynprune.graph.capture import Graph
+from dynprune.errors import InputError
+from dynprune.graph.branches import find_branches, is_within
+from dynprune.graph.capture import Graph, Node
+from dynprune.graph.channels import MIXING, ChannelTrace
+from dynprune.graph.macs import count_macs
+
+MIN_MACS_SHARE = 0.002
+"""Sites that hold a smaller share of the model's multiply-adds are left alone: a gate would cost about what it saves."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Site:
         nodes: names of the nodes whose value lies in the channel space, first producer included; for a branch, every node inside it.
         mask_output: for a branch, path of the module whose output the hooked model multiplies by the mask; "" for channels.
         add_node: for a branch, the name of the addition; "" for channels.
+        gate_dim: the dimension of `gate_input` that holds its channels, counted from the front with the batch as 0.
     """
 
     name: str
@@ -49,6 +61,7 @@ class Site:
     nodes: frozenset[str]
     mask_output: str = ""
     add_node: str = ""
+    gate_dim: int = 1
 
     @property
     def num_groups(self) -> int:
@@ -75,4 +88,159 @@ class Sites:
 
 
 def find_sites(graph: Graph, *, include: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = (), group_size: int = 1) -> Sites:
-    raise NotImplementedError
+    """Returns where gates can stand in a captured model, and for every other layer and residual addition why none can.
+
+    A "channels" site is an inner channel space: what some convs or linears produce, other convs or linears read, and nothing else
+    sees. A "branch" site is F in an addition x + F(x). Dependencies are those of structured pruning (Fang et al., DepGraph: Towards
+    Any Structural Pruning, CVPR 2023), with residual streams left dense.
+
+    Args:
+        graph: from `capture`.
+        include: shell patterns of site names; a site must match one. Default: all.
+        exclude: shell patterns of site names; a site must match none. Default: none.
+        group_size: channels per group, >= 1; it must divide the channels of every site. Default 1.
+
+    Raises:
+        InputError: a pattern matches no site, or `group_size` does not divide the channels of one.
+
+    Example:
+        >>> sites = find_sites(capture(resnet18, torch.rand(1, 3, 224, 224)))
+        >>> [(site.name, site.kind, site.num_channels) for site in sites.sites[:2]]
+        [('layer1.0.conv1', 'channels', 64), ('layer1.0', 'branch', 1)]
+    """
+    if not isinstance(group_size, int) or group_size < 1:
+        raise InputError(f"`group_size` must be a whole number >= 1, got {group_size!r}.")
+    macs = count_macs(graph)
+    total = sum(macs.values())
+    found, ungated = _channel_sites(graph, macs, total, group_size)
+    branches, without = _branch_sites(graph, macs, total)
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    candidates = sorted(found + branches, key=lambda site: min(order[name] for name in site.nodes))
+    ungated += without
+
+    sites = []
+    chosen = _select([site.name for site in candidates], [item.name for item in ungated], include, exclude)
+    for site in candidates:
+        if site.name not in chosen:
+            ungated.append(Ungated(site.name, "left out by `include` or `exclude`"))
+        elif site.macs_share < MIN_MACS_SHARE:
+            ungated.append(Ungated(site.name, f"too small: {site.macs_share:.2%} of the model's multiply-adds would not pay for a gate"))
+        elif site.num_channels % site.group_size:
+            raise InputError(
+                f"Site {site.name!r} has {site.num_channels} output channels, not a multiple of group_size={group_size}; "
+                f"pass group_size={math.gcd(site.num_channels, group_size)} or exclude it."
+            )
+        else:
+            sites.append(site)
+    return Sites(tuple(sites), tuple(ungated), total, macs)
+
+
+def _channel_sites(graph: Graph, macs: dict[str, int], total: int, group_size: int) -> tuple[list[Site], list[Ungated]]:
+    trace = ChannelTrace(graph)
+    sites, ungated = [], []
+    for space in trace.spaces:
+        readers = [node for node, _ in space.consumers]
+        reason = next(
+            itertools.chain(
+                space.blocked,
+                filter(None, (_module_problem(node, graph) for node in (*space.producers, *readers))),
+                [] if readers else ["no conv or linear reads it"],
+            ),
+            None,
+        )
+        if reason is not None:
+            ungated += [Ungated(node.module_path or node.name, reason) for node in space.producers]
+            continue
+        first = space.producers[0]
+        gate_input = first.arguments["input"]
+        gate_dim = len(gate_input.shape) - 1 if first.op == "linear" else 1
+        gone = sum(macs.get(node.name, 0) for node in {*space.members, *readers})
+        sites.append(
+            Site(
+                name=first.module_path,
+                kind="channels",
+                num_channels=space.size,
+                group_size=group_size,
+                producers=tuple(node.module_path for node in space.producers),
+                consumers=tuple(Consumer(node.module_path, node.name, repeat) for node, repeat in space.consumers),
+                macs=gone,
+                macs_share=gone / total,
+                gate_input=gate_input.name,
+                gate_channels=gate_input.shape[gate_dim],
+                nodes=frozenset(node.name for node in space.members),
+                gate_dim=gate_dim,
+            )
+        )
+    return sites, ungated
+
+
+def _module_problem(node: Node, graph: Graph) -> str | None:
+    """Returns why a module of the user cannot stand for this conv or linear; None if one can."""
+    path, a = node.module_path, node.arguments
+    name = repr(path or node.name)
+    if a["weight"].parameter_name != f"{path}.weight" or (a["bias"] is not None and a["bias"].op != "constant"):
+        return f"{name} is a functional {node.op}, not a module with a weight of its own"
+    if len(a["weight"].users) > 1 or graph.call_counts.get(path) != 1:
+        return f"{name} runs more than once in a call, or shares its weight"
+    source = a["input"].args[0] if a["input"].op in ("pad", "constant_pad_nd") else a["input"]
+    if any(is_within(other.module_path, path) for other in (source, *node.users)):
+        return f"{name} does more than its {node.op}"
+    return None
+
+
+def _branch_sites(graph: Graph, macs: dict[str, int], total: int) -> tuple[list[Site], list[Ungated]]:
+    branches, refused = find_branches(graph, macs)
+    trace = ChannelTrace(graph)
+    ungated = [
+        Ungated(add.module_path or add.name, "the addition has no branch that is computed from the other operand's source alone")
+        for add in refused
+    ]
+    sites, names = [], set()
+    for branch in branches:
+        place = branch.add.module_path
+        gate_dim = trace.channel_dim(branch.x)
+        if not branch.mask_output:
+            ungated.append(Ungated(place or branch.add.name, "no module of its own returns the branch as one tensor"))
+            continue
+        if gate_dim is None or branch.x.shape[gate_dim] is None:
+            ungated.append(Ungated(place or branch.add.name, f"the channels of the branch's input '{branch.x.name}' are unknown"))
+            continue
+        name = place if place and place not in names else f"{place}.{branch.mask_output.rpartition('.')[2]}".lstrip(".")
+        name = name if name not in names else branch.add.name
+        names.add(name)
+        gone = sum(macs.get(node.name, 0) for node in branch.nodes)
+        sites.append(
+            Site(
+                name=name,
+                kind="branch",
+                num_channels=1,
+                group_size=1,
+                producers=tuple(node.module_path or node.name for node in branch.nodes if node.op in MIXING),
+                consumers=(),
+                macs=gone,
+                macs_share=gone / total,
+                gate_input=branch.x.name,
+                gate_channels=branch.x.shape[gate_dim],
+                nodes=frozenset(node.name for node in branch.nodes),
+                mask_output=branch.mask_output,
+                add_node=branch.add.name,
+                gate_dim=gate_dim,
+            )
+        )
+    return sites, ungated
+
+
+def _select(names: list[str], ungated: list[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> set[str]:
+    """Returns the names that match `include` and not `exclude`; refuses a pattern that matches nothing."""
+    include, exclude = ((patterns,) if isinstance(patterns, str) else tuple(patterns) for patterns in (include, exclude))
+    for pattern in (*include, *exclude):
+        if pattern == "*" or fnmatch.filter(names, pattern):
+            continue
+        if fnmatch.filter(ungated, pattern):
+            raise InputError(f"{pattern!r} names a place that cannot be gated anyway; `find_sites(graph).ungated` says why.")
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+        raise InputError(
+            f"{pattern!r} matches no site; expected a site's name or a pattern of names, for example {', '.join(map(repr, near))}."
+        )
+    chosen = {name for pattern in include for name in fnmatch.filter(names, pattern)}
+    return chosen - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}

@@ -1,0 +1,74 @@
+# make demo      install into .venv and show the whole thing on real data, three minutes after the installs
+# make test      install into .venv and run the tests; test-all adds the slow ones
+# make build     recompile the engine in place, only what changed
+# make lint | sanitize | bench | clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+# PyPI's torch for Linux brings gigabytes of GPU packages; this index has the CPU build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ENGINE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+.PHONY: demo test test-all build lint sanitize bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/dynprune demo --out demo-output
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed $(VENV)/bench
+	$(BIN)/python -m pytest --slow
+
+build: $(VENV)/build-tools
+	$(BIN)/python setup.py -q build_clib build_ext --inplace
+
+lint: $(VENV)/ruff
+	$(BIN)/ruff check .
+
+# The whole package is built once more, apart, and the kernel tests run on that copy under both sanitizers.
+sanitize: $(VENV)/installed $(VENV)/build-tools
+	DYNPRUNE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	cd build/sanitize && LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=lib \
+	  ../../$(BIN)/python -m pytest -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels
+
+bench: $(VENV)/installed $(VENV)/bench
+	$(BIN)/python bench/bench_models.py
+	$(BIN)/python -m pytest bench/bench_kernels.py --benchmark-disable-gc
+	$(BIN)/python bench/bench_overhead.py
+
+clean:
+	rm -rf build dist demo-output *.egg-info dynprune/runtime/_C*.so
+
+# ---- the environment; each file below records an install and is redone only when what it depends on changed
+
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, got: $$($(PYTHON) --version)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "The venv module is missing; run: sudo apt install python3-venv python3-dev"; exit 1; }
+	@command -v g++ >/dev/null || { echo "A C++17 compiler is missing; run: sudo apt install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH)"
+	@$(BIN)/pip install -q --no-deps --retries 0 --index-url $(TORCH_INDEX) '$(TORCH)' 2>/dev/null \
+	  || echo "not found at $(TORCH_INDEX); taking it from the package index that pip is set to"
+	$(BIN)/pip install -q '$(TORCH)'
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml $(ENGINE)
+	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+	  || { echo "Python.h is missing; run: sudo apt install python3-dev"; exit 1; }
+	$(BIN)/pip install -q -e '.[demo,test]'
+	@touch $@
+
+$(VENV)/build-tools: $(VENV)/torch
+	$(BIN)/pip install -q 'setuptools>=77' wheel 'pybind11>=2.13'
+	@touch $@
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/pip install -q openvino pytest-benchmark
+	@touch $@
+
+$(VENV)/ruff: $(VENV)/torch
+	$(BIN)/pip install -q ruff
+	@touch $@

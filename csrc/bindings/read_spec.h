@@ -1,0 +1,34 @@
+// Reads the dict form of a plan (`Plan.to_spec()` of Python) and keeps the arrays it refers to alive.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <vector>
+
+#include "plan/plan.h"
+
+namespace dynprune {
+
+using FloatArray = pybind11::array_t<float, pybind11::array::c_style>;
+
+// Holds Python objects for C++ code that may be destroyed on any thread, without the GIL.
+class KeptAlive {
+ public:
+  KeptAlive() = default;
+  KeptAlive(const KeptAlive&) = delete;
+  KeptAlive& operator=(const KeptAlive&) = delete;
+  ~KeptAlive();
+  void add(pybind11::object object) { objects_.push_back(std::move(object)); }
+  void clear() { objects_.clear(); }
+
+ private:
+  std::vector<pybind11::object> objects_;
+};
+
+Rows read_rows(const pybind11::handle& tuple);
+// Throws std::invalid_argument (a Python ValueError) where a constant is not a C-contiguous f32 array.
+StepSpec read_step(const pybind11::dict& step, KeptAlive& kept);
+
+}  // namespace dynprune

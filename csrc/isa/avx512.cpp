@@ -1,0 +1,43 @@
+// AVX-512 F, CD, BW, DQ and VL. Compiled with flags of its own: all but the last function is in an anonymous namespace.
+#include "kernels.h"
+
+#include "vec/vec_avx512.h"
+
+#include "kernels/activation-inl.h"
+#include "kernels/conv_pack-inl.h"
+#include "kernels/depthwise-inl.h"
+#include "kernels/elementwise-inl.h"
+#include "kernels/epilogue-inl.h"
+#include "kernels/gather_gemm-inl.h"
+#include "kernels/matvec-inl.h"
+#include "kernels/normalize-inl.h"
+#include "kernels/pool-inl.h"
+#include "kernels/transpose-inl.h"
+
+namespace dynprune {
+
+const KernelTable& avx512_kernels() {
+  static constexpr KernelTable table{
+      "avx512",
+      Vec::kLanes,
+      kGemmMaxVectors,
+      pack_patches,
+      gather_gemm,
+      epilogue,
+      dot_rows,
+      axpy_rows,
+      depthwise,
+      pool,
+      row_means,
+      affine,
+      binary,
+      layer_norm_columns,
+      layer_norm_rows,
+      softmax_columns,
+      softmax_rows,
+      transpose,
+  };
+  return table;
+}
+
+}  // namespace dynprune

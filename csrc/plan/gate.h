@@ -1,0 +1,90 @@
+// Gates: from the pooled input of a site to the list of what runs there, and the state of one run that they read and write.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "plan/op.h"
+
+namespace dynprune {
+
+struct SiteSpec {
+  bool is_branch = false;
+  int64_t num_channels = 0;
+  int64_t group_size = 1;
+
+  int64_t num_groups() const { return num_channels / group_size; }
+};
+
+// A gate as calibration or training left it: score = up * (down * pooled) + bias, a group runs when its score > the curve at the level.
+struct GateParameters {
+  int64_t in_features = 0;
+  int64_t rank = 0;
+  std::vector<float> down;   // [rank][in_features]
+  std::vector<float> up;     // [groups][rank]
+  std::vector<float> bias;   // [groups]
+  std::vector<float> curve;  // threshold at level i / (size - 1), not decreasing
+  // Predicted time in nanoseconds from this gate to the end of the model at those same levels; empty: the deadline is not watched.
+  std::vector<float> rest_ns;
+};
+
+// The gates' side of one run: level and deadline on the way in, active lists on the way out.
+class GateState {
+ public:
+  GateState(const std::vector<SiteSpec>& sites, int64_t batch);
+
+  // Starts an inference whose gates decide at `level`. `deadline_ns` is a time of now_ns(), or 0; `slowdown` multiplies predictions.
+  void begin(float level, int64_t deadline_ns, float slowdown);
+  // Starts an inference whose gates do not decide: sites run whole but for the lists given next (ascending groups, not checked here).
+  void begin_given();
+  void give(int64_t site, int64_t sample, const int32_t* groups, int64_t count) { publish(site, sample, groups, count); }
+
+  const ActiveList* const* lists() const { return rows_.data(); }
+  const ActiveList& list(int64_t site, int64_t sample) const { return rows_[site][sample]; }
+  float level() const { return level_.load(std::memory_order_relaxed); }
+  float start_level() const { return start_level_; }
+  int64_t guard_actions() const { return guard_actions_.load(std::memory_order_relaxed); }
+
+ private:
+  friend class GateOp;
+  void publish(int64_t site, int64_t sample, const int32_t* groups, int64_t count);
+
+  const std::vector<SiteSpec>& sites_;
+  int64_t batch_;
+  std::vector<ActiveList> flat_;            // [site][sample]
+  std::vector<const ActiveList*> rows_;     // [site] -> flat_
+  AlignedBuffer<int32_t> index_;            // storage of all lists; always holds valid channels
+  AlignedBuffer<float> inactive_;
+  bool given_ = false;
+  std::atomic<float> level_{0.0f};
+  float start_level_ = 0.0f;
+  int64_t deadline_ns_ = 0;
+  float slowdown_ = 1.0f;
+  std::atomic<int64_t> guard_actions_{0};
+};
+
+class GateOp final : public Op {
+ public:
+  GateOp(StepSpec spec, const KernelTable& kernels, const std::vector<SiteSpec>& sites);
+  void set_parameters(GateParameters parameters);
+  int64_t site() const { return site_; }
+
+  int64_t chunks_per_sample() const override { return 1; }
+  int64_t scratch_floats() const override;
+  void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override;
+  void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override;
+
+ private:
+  float guarded_level(const GateState& state) const;
+  float threshold(float level) const;
+
+  const KernelTable& kernels_;
+  int64_t site_;
+  SiteSpec site_spec_;
+  GateParameters parameters_;
+};
+
+}  // namespace dynprune

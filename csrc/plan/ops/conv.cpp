@@ -1,0 +1,219 @@
+// Convolution (and, with one row of tokens as its plane, a linear layer) over any lists of input and output channels.
+//
+// A chunk is some rows by some tiles of positions. For each block of the reduction it packs the patches of a tile into a panel, then
+// multiplies the chosen weight rows with it; the sums stay in scratch, and commit adds bias and residual, activates and stores.
+#include <algorithm>
+#include <cstring>
+
+#include "plan/ops/conv_tiling.h"
+#include "plan/ops/factories.h"
+#include "plan/ops/spec_reader.h"
+
+namespace dynprune {
+namespace {
+
+// Length of a block of the reduction: a panel of 384 x 64 floats fits a second-level cache several times.
+constexpr int64_t kBlock = 384;
+
+class ConvOp final : public Op, public Compensated {
+ public:
+  ConvOp(StepSpec step, const KernelTable& kernels, int num_threads)
+      : Op(std::move(step)), kernels_(kernels), shape_(read_conv_shape(spec_)) {
+    const SpecReader reader(spec_);
+    x_ = reader.input(0);
+    reader.check_rows("the input", x_, shape_.in_channels, shape_.in_positions());
+    reader.check_rows("the output", spec_.output, shape_.out_channels, shape_.positions());
+    if (spec_.inputs.size() > 1) {
+      reader.check(spec_.out_site < 0, "a residual needs an output that is not gated");
+      reader.check_rows("the residual", reader.input(1), shape_.out_channels, shape_.positions());
+    }
+    weight_ = reader.constant("weight", {shape_.out_channels, shape_.group_inputs() * shape_.taps()});
+    bias_ = reader.constant("bias", {shape_.out_channels});
+    activation_ = reader.activation();
+    tiles_ = make_tiles(shape_.positions(), kernels.lanes, kernels.gemm_max_vectors);
+    patches_ = make_patch_map(shape_, tiles_, kernels.lanes);
+    grid_ = make_chunk_grid(shape_, static_cast<int64_t>(tiles_.size()), kernels.lanes, num_threads);
+    for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) offsets_.push_back(static_cast<int32_t>(i));
+    for (int64_t part = 0; part < grid_.position_parts; ++part) {
+      max_width_ = std::max(max_width_, chunk_width(part_of(tile_count(), part, grid_.position_parts)));
+    }
+    max_rows_ = (shape_.out_channels + grid_.row_parts - 1) / grid_.row_parts;
+  }
+
+  int64_t chunks_per_sample() const override { return grid_.position_parts * grid_.row_parts; }
+
+  int64_t scratch_floats() const override { return panel_offset() + kBlock * kernels_.gemm_max_vectors * kernels_.lanes; }
+
+  void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
+    const Chunk chunk = chunk_of(run, sample, part);
+    float* panel = scratch + panel_offset();
+    auto* offsets = reinterpret_cast<int32_t*>(scratch + offsets_offset());
+    const int64_t in_count = std::min(run.num_active(spec_.in_site, sample, shape_.in_channels), shape_.in_channels);
+    const int32_t* in_index = spec_.in_site < 0 ? nullptr : run.active(spec_.in_site, sample).index;
+    for (int64_t row = chunk.rows.begin; row < chunk.rows.end;) {
+      const int64_t group = chunk.channel(row) / shape_.group_outputs();
+      const int64_t rows_end = end_of_group(chunk, row, group);
+      const Range inputs = inputs_of_group(in_index, in_count, group);
+      multiply(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch, panel, offsets);
+      row = rows_end;
+    }
+    if (compensation_ != nullptr && spec_.in_site >= 0) {
+      kernels_.dot_rows({chunk.rows.end - chunk.rows.begin, shape_.in_channels, compensation_, shape_.in_channels,
+                         chunk.index != nullptr ? chunk.index + chunk.rows.begin : nullptr, chunk.rows.begin,
+                         run.active(spec_.in_site, sample).inactive, bias_, scratch + bias_offset()});
+    } else {
+      for (int64_t row = chunk.rows.begin; row < chunk.rows.end; ++row) {
+        scratch[bias_offset() + row - chunk.rows.begin] = bias_[chunk.channel(row)];
+      }
+    }
+  }
+
+  void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
+    const Chunk chunk = chunk_of(run, sample, part);
+    finish(run, sample, chunk, scratch, scratch + bias_offset());
+  }
+
+  void skip(const RunView& run, int64_t sample, int64_t part) const override {
+    if (spec_.inputs.size() < 2) return;
+    const Chunk chunk = chunk_of(run, sample, part);
+    const Rows& residual = spec_.inputs[1];
+    for (int64_t row = chunk.rows.begin; row < chunk.rows.end; ++row) {
+      kernels_.epilogue({1, chunk.positions.end - chunk.positions.begin, run.row(residual, sample, row) + chunk.positions.begin, 0, nullptr,
+                         nullptr, 0, run.row(spec_.output, sample, row) + chunk.positions.begin, 0, activation_});
+    }
+  }
+
+  bool hands_over() const override { return spec_.inputs.size() > 1; }
+
+  void set_compensation(const float* matrix) override { compensation_ = matrix; }
+  std::vector<int64_t> compensation_sizes() const override { return {shape_.out_channels, shape_.in_channels}; }
+
+ private:
+  struct Chunk {
+    Range tiles;
+    Range positions;
+    Range rows;            // among the active rows
+    const int32_t* index;  // of all active rows; nullptr: row i is channel i
+    int64_t width;
+
+    int64_t channel(int64_t row) const { return index != nullptr ? index[row] : row; }
+  };
+
+  int64_t tile_count() const { return static_cast<int64_t>(tiles_.size()); }
+
+  int64_t chunk_width(Range tiles) const {
+    int64_t vectors = 0;
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) vectors += tiles_[t].vectors;
+    return vectors * kernels_.lanes;
+  }
+
+  Chunk chunk_of(const RunView& run, int64_t sample, int64_t part) const {
+    Chunk chunk;
+    chunk.tiles = part_of(tile_count(), part % grid_.position_parts, grid_.position_parts);
+    const PositionTile& last = tiles_[chunk.tiles.end - 1];
+    chunk.positions = {tiles_[chunk.tiles.begin].first, last.first + last.count};
+    const int64_t count = std::min(run.num_active(spec_.out_site, sample, shape_.out_channels), shape_.out_channels);
+    chunk.rows = part_of(count, part / grid_.position_parts, grid_.row_parts);
+    chunk.index = spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index;
+    chunk.width = chunk_width(chunk.tiles);
+    return chunk;
+  }
+
+  int64_t end_of_group(const Chunk& chunk, int64_t row, int64_t group) const {
+    if (shape_.groups == 1) return chunk.rows.end;
+    const int64_t first_of_next = (group + 1) * shape_.group_outputs();
+    if (chunk.index == nullptr) return std::min(chunk.rows.end, first_of_next);
+    const int32_t* found = std::lower_bound(chunk.index + row, chunk.index + chunk.rows.end, static_cast<int32_t>(first_of_next));
+    return std::max<int64_t>(row + 1, found - chunk.index);  // a late reader's list may be out of order; always move on
+  }
+
+  // Which of the compact input rows belong to the group.
+  Range inputs_of_group(const int32_t* index, int64_t count, int64_t group) const {
+    const int64_t first = group * shape_.group_inputs();
+    const int64_t end = first + shape_.group_inputs();
+    if (index == nullptr) return {first, end};
+    if (shape_.groups == 1) return {0, count};
+    const int64_t begin = std::lower_bound(index, index + count, static_cast<int32_t>(first)) - index;
+    const int64_t stop = std::lower_bound(index + begin, index + count, static_cast<int32_t>(end)) - index;
+    return {begin, std::min(stop, begin + shape_.group_inputs())};
+  }
+
+  void multiply(const RunView& run, int64_t sample, const Chunk& chunk, Range rows, Range inputs, const int32_t* in_index, int64_t group,
+                float* sums, float* panel, int32_t* offsets) const {
+    const int64_t taps = shape_.taps();
+    const int64_t reduction = (inputs.end - inputs.begin) * taps;
+    const int64_t blocks = std::max<int64_t>(1, (reduction + kBlock - 1) / kBlock);
+    const float* planes = run.row(x_, sample, inputs.begin);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Range k = part_of(reduction, block, blocks);
+      const int32_t* weight_offset = offsets_.data() + k.begin;
+      if (in_index != nullptr) {
+        fill_offsets(in_index + inputs.begin, group * shape_.group_inputs(), k, offsets);
+        weight_offset = offsets;
+      }
+      int64_t lane = 0;
+      for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
+        const int64_t width = tiles_[t].vectors * kernels_.lanes;
+        kernels_.pack_patches({planes, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.segments.data(),
+                               patches_.taps.data() + t * taps, shape_.stride_x, panel, width});
+        kernels_.gather_gemm({rows.end - rows.begin, k.end - k.begin, width, weight_, shape_.group_inputs() * taps,
+                              chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, weight_offset, panel, width,
+                              sums + (rows.begin - chunk.rows.begin) * chunk.width + lane, chunk.width, block > 0});
+        lane += width;
+      }
+    }
+  }
+
+  // weight_offset[k] of reduction index k: channel within the group times taps, plus tap.
+  void fill_offsets(const int32_t* index, int64_t first_channel, Range k, int32_t* offsets) const {
+    const int64_t taps = shape_.taps();
+    const int64_t limit = shape_.group_inputs() - 1;
+    int64_t row = k.begin / taps;
+    int64_t tap = k.begin % taps;
+    int64_t base = std::clamp<int64_t>(index[row] - first_channel, 0, limit) * taps;
+    for (int64_t i = k.begin; i < k.end; ++i) {
+      *offsets++ = static_cast<int32_t>(base + tap);
+      if (++tap == taps && i + 1 < k.end) {
+        tap = 0;
+        base = std::clamp<int64_t>(index[++row] - first_channel, 0, limit) * taps;
+      }
+    }
+  }
+
+  void finish(const RunView& run, int64_t sample, const Chunk& chunk, const float* sums, const float* bias) const {
+    const int64_t rows = chunk.rows.end - chunk.rows.begin;
+    if (rows == 0) return;
+    const bool has_residual = spec_.inputs.size() > 1;
+    const float* residual = has_residual ? run.row(spec_.inputs[1], sample, chunk.rows.begin) + chunk.positions.begin : nullptr;
+    kernels_.epilogue({rows, chunk.positions.end - chunk.positions.begin, sums, chunk.width, bias, residual,
+                       has_residual ? spec_.inputs[1].row_stride : 0, run.row(spec_.output, sample, chunk.rows.begin) + chunk.positions.begin,
+                       spec_.output.row_stride, activation_});
+  }
+
+  static int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
+  int64_t bias_offset() const { return align(max_rows_ * max_width_); }
+  int64_t offsets_offset() const { return bias_offset() + align(max_rows_); }
+  int64_t panel_offset() const { return offsets_offset() + align(kBlock); }
+
+  const KernelTable& kernels_;
+  ConvShape shape_;
+  Rows x_;
+  const float* weight_;
+  const float* bias_;
+  const float* compensation_ = nullptr;
+  ActivationSpec activation_;
+  std::vector<PositionTile> tiles_;
+  PatchMap patches_;
+  ChunkGrid grid_;
+  std::vector<int32_t> offsets_;  // 0, 1, 2, ...: the weight offsets of a whole input
+  int64_t max_width_ = 0;
+  int64_t max_rows_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Op> make_conv(StepSpec spec, const KernelTable& kernels, int num_threads) {
+  return std::make_unique<ConvOp>(std::move(spec), kernels, num_threads);
+}
+
+}  // namespace dynprune

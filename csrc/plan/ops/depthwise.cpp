@@ -1,0 +1,53 @@
+// Depthwise convolution: each channel by its own kernel; a chunk is some channels by a strip of output rows.
+#include "plan/ops/block_op.h"
+#include "plan/ops/row_factories.h"
+#include "plan/ops/window_map.h"
+
+namespace dynprune {
+namespace {
+
+class DepthwiseOp final : public BlockOp {
+ public:
+  DepthwiseOp(StepSpec step, const KernelTable& kernels, int num_threads)
+      : BlockOp(std::move(step), kernels), map_(spec_, kernels.lanes), clamp_(SpecReader(spec_).activation()) {
+    const SpecReader reader(spec_);
+    const ConvShape& shape = map_.shape();
+    reader.check(spec_.inputs.size() == 1, "must have 1 input, got " + std::to_string(spec_.inputs.size()));
+    weight_ = reader.constant("weight", {shape.in_channels, shape.taps()});
+    bias_ = reader.constant("bias", {shape.in_channels});
+    const double vectors = static_cast<double>(shape.in_channels * shape.out_height * ((shape.out_width + kernels.lanes - 1) / kernels.lanes));
+    BlockLimits limits;
+    limits.unit = shape.out_width;
+    limits.total_ns = 0.5 * vectors * static_cast<double>(shape.taps() + 4 * shape.stride_x * shape.stride_y);
+    cut(limits, spec_.out_site, num_threads);
+    reserve_extra(map_.rows_seen(max_block_positions() / shape.out_width) * map_.lines().stride);
+  }
+
+ protected:
+  void compute_block(const RunView& run, int64_t sample, const Block& block, float* out, float* packed) const override {
+    const ConvShape& shape = map_.shape();
+    const int64_t first_row = block.positions.begin / shape.out_width;
+    const int64_t num_rows = block.positions.end / shape.out_width - first_row;
+    for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
+      const int64_t channel = block.index != nullptr ? block.index[i] : i;
+      kernels_.depthwise({&map_.window(), &map_.lines(), run.row(spec_.inputs[0], sample, i), first_row, num_rows,
+                          weight_ + channel * shape.taps(), bias_[channel], clamp_.low, clamp_.high, packed,
+                          out + (i - block.rows.begin) * block.stride});
+    }
+    clamp_.apply_rest(kernels_, out, (block.rows.end - block.rows.begin) * block.stride);
+  }
+
+ private:
+  WindowMap map_;
+  FusedClamp clamp_;
+  const float* weight_;
+  const float* bias_;
+};
+
+}  // namespace
+
+std::unique_ptr<Op> make_depthwise(StepSpec spec, const KernelTable& kernels, int num_threads) {
+  return std::make_unique<DepthwiseOp>(std::move(spec), kernels, num_threads);
+}
+
+}  // namespace dynprune

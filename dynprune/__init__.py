@@ -1,0 +1,57 @@
+"""Dynamic inference for PyTorch on CPUs: each input runs only the channels and blocks it needs, within a latency budget.
+
+The names below are the public interface; each is imported when it is first used, so `import dynprune` itself costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynprune.control.frontier import Frontier, OperatingPoint
+    from dynprune.control.monitor import ResourceMonitor
+    from dynprune.errors import CalibrationError, CheckpointError, DynpruneError, InputError, UnsupportedModelError
+    from dynprune.runtime.model import DynamicModel
+    from dynprune.training.calibrate import calibrate
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "CalibrationError": "dynprune.errors",
+    "CheckpointError": "dynprune.errors",
+    "DynamicModel": "dynprune.runtime.model",
+    "DynpruneError": "dynprune.errors",
+    "Frontier": "dynprune.control.frontier",
+    "InputError": "dynprune.errors",
+    "OperatingPoint": "dynprune.control.frontier",
+    "ResourceMonitor": "dynprune.control.monitor",
+    "UnsupportedModelError": "dynprune.errors",
+    "calibrate": "dynprune.training.calibrate",
+}
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "DynamicModel",
+    "DynpruneError",
+    "Frontier",
+    "InputError",
+    "OperatingPoint",
+    "ResourceMonitor",
+    "UnsupportedModelError",
+    "__version__",
+    "calibrate",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'dynprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,165 @@
+"""The gates: one score per channel group or branch from the pooled input, and the one definition of "active": score > threshold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynprune.errors import InputError
+
+DEFAULT_LEVELS = 32
+MAX_RANK = 32
+
+
+class Gate(nn.Module):
+    """Scores the groups of one site: `score = up @ (down @ pooled) + bias`; a group is active when its score exceeds the threshold.
+
+    The threshold is a function of the level, the same for all groups of the site: a stored curve, non-decreasing, interpolated
+    linearly. At level 0 everything is active, whatever the curve says.
+
+    A new gate ignores its input (`down` is zero): it ranks groups by `static_score` until `calibrate` or training fills it.
+
+    Args:
+        in_channels: channels of the pooled input.
+        num_groups: scores to give.
+        rank: inner size of the linear map, >= 1; None for the smallest of in_channels, num_groups and 32.
+        static_score: (num_groups,) initial bias, for example norms of weights; None for zeros.
+
+    Attributes:
+        down, up, bias: f32 parameters of shape (rank, in_channels), (num_groups, rank), (num_groups,).
+        curve: f32 buffer (levels,), the threshold at level i / (levels - 1).
+        calibrated: bool buffer (), whether `calibrate` has fitted this gate.
+        temperature: width of the sigmoid whose slope stands for the step's in training, > 0 and at most 1, in units of the score.
+
+    Raises:
+        InputError: a size is below 1, or `static_score` has another shape.
+    """
+
+    def __init__(self, in_channels: int, num_groups: int, rank: int | None = None, static_score: Tensor | None = None):
+        super().__init__()
+        rank = min(in_channels, num_groups, MAX_RANK) if rank is None else rank
+        for name, value in (("in_channels", in_channels), ("num_groups", num_groups), ("rank", rank)):
+            if value < 1:
+                raise InputError(f"A gate's `{name}` must be >= 1, got {value}.")
+        if static_score is None:
+            static_score = torch.zeros(num_groups)
+        elif static_score.shape != (num_groups,):
+            raise InputError(f"`static_score` must have shape ({num_groups},), got {tuple(static_score.shape)}.")
+        self.down = nn.Parameter(torch.zeros(rank, in_channels))
+        self.up = nn.Parameter(torch.empty(num_groups, rank))
+        nn.init.normal_(self.up, std=rank**-0.5)  # not zero: with both factors zero no gradient would reach either
+        self.bias = nn.Parameter(static_score.detach().float().clone())
+        self.temperature = 1.0
+        self.register_buffer("curve", initial_curve(self.bias.detach()))
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the pooled input."""
+        return self.down.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups the gate decides on."""
+        return self.bias.shape[0]
+
+    def score(self, pooled: Tensor) -> Tensor:
+        """Returns the scores (N, num_groups), f32, of `pooled` (N, in_channels): how much each group matters for each sample."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return F.linear(F.linear(pooled.float(), self.down), self.up, self.bias)
+
+    def threshold(self, level: float) -> float:
+        """Returns the score above which a group is active at `level` in [0, 1]: minus infinity at level 0."""
+        if level <= 0:
+            return float("-inf")
+        position = min(level, 1.0) * (len(self.curve) - 1)
+        index = min(int(position), len(self.curve) - 2)
+        low, high = self.curve[index : index + 2].tolist()
+        return low + (position - index) * (high - low)
+
+    def mask(self, pooled: Tensor, level: float) -> Tensor:
+        """Returns a 0-1 tensor (N, num_groups), f32: 1 where a group is active.
+
+        In training mode the values are the same 0 and 1 and the gradient is that of sigmoid((score - threshold) / temperature): the
+        straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432).
+        """
+        threshold = self.threshold(level)
+        score = self.score(pooled)
+        hard = (score > threshold).to(score.dtype)
+        if not self.training or threshold == float("-inf"):
+            return hard
+        soft = torch.sigmoid((score - threshold) / self.temperature)
+        return hard + (soft - soft.detach())
+
+    def set_curve(self, curve: Tensor) -> None:
+        """Replaces the thresholds by `curve` (levels,), made non-decreasing by a running maximum."""
+        if curve.dim() != 1 or len(curve) < 2 or not torch.isfinite(curve).all():
+            raise InputError(f"`curve` must hold two or more finite thresholds, got {curve}.")
+        self.curve = torch.cummax(curve.detach().to(self.curve), 0).values
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        curve = state_dict.get(prefix + "curve")
+        if curve is not None and curve.dim() == 1 and len(curve) >= 2:
+            self.curve = self.curve.new_empty(curve.shape)  # the number of levels is the calibration's choice
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ChannelGate(Gate):
+    """The gate of an inner channel space; also holds what stands in for its skipped channels.
+
+    Args:
+        in_channels, num_groups, rank, static_score: as for `Gate`.
+        num_channels: channels of the space, a multiple of num_groups; None for num_groups.
+        num_consumers: how many modules read the space.
+
+    Attributes:
+        channel_means: f32 buffer (num_consumers, num_channels), the mean of each channel as each consumer sees it.
+        compensated: bool buffer (num_consumers,), whether a consumer's output gets the share that a skipped channel has at its mean.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_groups: int,
+        rank: int | None = None,
+        static_score: Tensor | None = None,
+        *,
+        num_channels: int | None = None,
+        num_consumers: int = 1,
+    ):
+        super().__init__(in_channels, num_groups, rank, static_score)
+        num_channels = num_groups if num_channels is None else num_channels
+        if num_channels < num_groups or num_channels % num_groups:
+            raise InputError(f"`num_channels` must be a multiple of num_groups={num_groups}, got {num_channels}.")
+        self.register_buffer("channel_means", torch.zeros(num_consumers, num_channels))
+        self.register_buffer("compensated", torch.zeros(num_consumers, dtype=torch.bool))
+
+
+class BranchGate(Gate):
+    """The gate of a residual branch: one score, the branch's worth for this input. A new one never skips.
+
+    Args:
+        in_channels: channels of x, the input of the branch.
+        rank: as for `Gate`; the map to one score needs no more than 1.
+    """
+
+    def __init__(self, in_channels: int, rank: int | None = None):
+        super().__init__(in_channels, 1, rank)
+        self.curve.fill_(self.bias.item() - 1.0)
+
+
+def initial_curve(static_score: Tensor, levels: int = DEFAULT_LEVELS) -> Tensor:
+    """Returns thresholds (levels,) that run all groups just above level 0 and the quarter with the highest `static_score` at level 1."""
+    curve = torch.quantile(static_score.double(), torch.linspace(0, 0.75, levels, dtype=torch.float64)).float()
+    curve[0] = curve[0] - 1e-3 * max(1.0, curve[0].abs().item())
+    return curve
+
+
+def gate_key(site_name: str) -> str:
+    """Returns the key of a site's gate in an `nn.ModuleDict`, which takes neither dots nor the names of its own attributes."""
+    key = site_name.replace(".", "/")
+    return key if key and not hasattr(_EMPTY, key) else key + "/"
+
+
+_EMPTY = nn.ModuleDict()

@@ -1,0 +1,1 @@
+"""What the user's model is, and where it can be gated."""

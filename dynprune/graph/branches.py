@@ -1,0 +1,111 @@
+"""Finds residual branches: an addition x + F(x) of a captured model whose F can be skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynprune.graph.capture import Graph, Node
+from dynprune.graph.channels import MIXING, MOVES
+
+_LINEAR = MOVES | {"mul", "div"}
+"""Operations with one varying operand whose result is zero where that operand is."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One skippable branch.
+
+    Attributes:
+        add: the addition.
+        x: the only value from outside that the branch reads.
+        nodes: every node that runs for the branch alone, in execution order.
+        mask_output: path of the module whose output the branch's value is a multiple of, or "" if there is none.
+    """
+
+    add: Node
+    x: Node
+    nodes: tuple[Node, ...]
+    mask_output: str
+
+
+def find_branches(graph: Graph, macs: dict[str, int]) -> tuple[list[Branch], list[Node]]:
+    """Returns the branches in execution order, and the additions of a conv's or linear's value where there is none."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    outputs = {node for node in graph.outputs if isinstance(node, Node)}
+    branches, refused = [], []
+    for add in graph.nodes:
+        if add.op != "add" or not _adds_two_values(add):
+            continue
+        sides = [_exclusive(value, add, outputs) for value in add.inputs]
+        sources = [_sources(nodes) or {value} for nodes, value in zip(sides, add.inputs, strict=True)]
+        weights = [sum(macs.get(node.name, 0) for node in nodes if node.op in MIXING) for nodes in sides]
+        side = weights.index(max(weights))
+        if not weights[side]:
+            continue
+        other = 1 - side
+        x = next(iter(sources[side]))
+        if len(sources[side]) == 1 and _reads(add.inputs[other], x, order):
+            nodes = tuple(sorted(sides[side], key=order.__getitem__))
+            branches.append(Branch(add, x, nodes, _mask_output(add.inputs[side], add, sides[side], graph)))
+        else:
+            refused.append(add)
+    return branches, refused
+
+
+def _adds_two_values(add: Node) -> bool:
+    """Whether an addition is of two different values of the result's shape, unscaled."""
+    values = add.inputs
+    alone = len(values) == 2 and values[0] is not values[1] and add.arguments.get("alpha", 1) == 1
+    return alone and all(value.varies and value.shape == add.shape for value in values)
+
+
+def _exclusive(value: Node, add: Node, outputs: set[Node]) -> set[Node]:
+    """Returns the nodes all of whose uses end in this operand of `add`."""
+    inside: set[Node] = set()
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if node in inside or node in outputs or node.op == "input" or not node.varies:
+            continue
+        if all(user in inside or (user is add and node is value) for user in node.users):
+            inside.add(node)
+            pending += node.inputs
+    return inside
+
+
+def _sources(inside: set[Node]) -> set[Node]:
+    """Returns the values from outside that a region reads; sizes of values count as constants."""
+    read = {value for node in inside for value in node.inputs}
+    return {value for value in read - inside if value.varies and value.shape is not None}
+
+
+def _reads(node: Node, x: Node, order: dict[Node, int]) -> bool:
+    """Whether `node` is `x` or is computed from it."""
+    seen, pending = set(), [node]
+    while pending:
+        node = pending.pop()
+        if node is x:
+            return True
+        if node not in seen and order[node] > order[x]:
+            seen.add(node)
+            pending += node.inputs
+    return False
+
+
+def _mask_output(value: Node, add: Node, inside: set[Node], graph: Graph) -> str:
+    """Returns the path of the module to whose single output the branch's value is proportional, or ""."""
+    while value in inside:
+        path = value.module_path
+        alone = graph.call_counts.get(path) == 1 and path in graph.tensor_modules
+        if alone and not any(is_within(other.module_path, path) for other in (add, *value.users)):
+            return path
+        varying = [node for node in value.inputs if node.varies and node.shape is not None]
+        if len(varying) != 1 or value.op not in _LINEAR or (value.op == "div" and value.args[0] is not varying[0]):
+            return ""
+        value = varying[0]
+    return ""
+
+
+def is_within(path: str, module: str) -> bool:
+    """Whether a module path is `module` or lies inside it."""
+    return not module or path == module or path.startswith(module + ".")

@@ -1,0 +1,120 @@
+"""Saves and loads what calibration and training added to a model: one safetensors file with JSON inside, never code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dynprune
+from dynprune.control.frontier import Frontier
+from dynprune.errors import CheckpointError, DynpruneError, InputError
+from dynprune.runtime.costs import CostTable
+
+if TYPE_CHECKING:
+    from dynprune.runtime.model import DynamicModel
+
+FORMAT = 1
+"""Goes up when files can no longer be read by older versions."""
+
+_KEY = "dynprune"
+_LEVEL_MS = "costs.level_ms"
+
+
+def save(dm: DynamicModel, path: str | PathLike) -> None:
+    """Writes gates, frontier and costs of `dm` to `path`; see `DynamicModel.save`.
+
+    Raises:
+        InputError: the model has not been captured, or was captured from inputs other than positional tensors.
+    """
+    args, kwargs = dm.example
+    if kwargs or not all(isinstance(x, Tensor) for x in args):
+        raise InputError("Only models whose example inputs are positional tensors can be saved; wrap the model with such an example.")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dm.gates.state_dict().items()}
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "version": dynprune.__version__,
+        "fingerprint": fingerprint(dm.model),
+        "include": list(dm.include),
+        "exclude": list(dm.exclude),
+        "group_size": dm.group_size,
+        "example": [[list(x.shape), str(x.dtype).removeprefix("torch.")] for x in args],
+        "sites": [[site.name, site.kind, site.num_groups] for site in dm.sites],
+        "frontier": None if dm.frontier is None else dm.frontier.to_json(),
+        "costs": None,
+    }
+    if dm.costs is not None:
+        tensors[_LEVEL_MS] = torch.from_numpy(dm.costs.level_ms).contiguous()
+        about["costs"] = {
+            "fixed_ms": list(dm.costs.fixed_ms),
+            "scaled_ms": list(dm.costs.scaled_ms),
+            "signature": dm.costs.signature,
+        }
+    save_file(tensors, path, {_KEY: json.dumps(about)})
+
+
+def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
+    """Returns a `DynamicModel` of `model` with what is in the file; see `DynamicModel.load`."""
+    from dynprune.runtime.model import DynamicModel
+
+    about, tensors = _read(path)
+    if about["fingerprint"] != fingerprint(model):
+        raise CheckpointError(
+            f"{str(path)!r} was saved for a model with other parameters (names, shapes or values); load that model's weights first."
+        )
+    try:
+        example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in about["example"])
+        dm = DynamicModel(model, example, include=about["include"], exclude=about["exclude"], group_size=about["group_size"])
+        if [[site.name, site.kind, site.num_groups] for site in dm.sites] != about["sites"]:
+            raise CheckpointError(f"{str(path)!r} was saved with gates at other sites than this version finds; calibrate the model again.")
+        level_ms = tensors.pop(_LEVEL_MS, None)
+        dm.gates.load_state_dict(tensors)
+        if about["frontier"] is not None:
+            costs = about["costs"]
+            table = None
+            if costs is not None:
+                table = CostTable(tuple(costs["fixed_ms"]), tuple(costs["scaled_ms"]), level_ms.double().numpy(), costs["signature"])
+            dm.set_frontier(Frontier.from_json(about["frontier"]), table)
+        return dm
+    except DynpruneError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Returns a SHA-256 of the names, shapes, dtypes and values of the model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file {str(path)!r}.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(f"{str(path)!r} is a safetensors file, but not one that dynprune saved.")
+    try:
+        about = json.loads(text)
+        written = about["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: its description cannot be read ({error}).") from error
+    if not isinstance(written, int) or written > FORMAT:
+        raise CheckpointError(
+            f"{str(path)!r} has format {written!r}; this version (dynprune {dynprune.__version__}) reads up to {FORMAT}. Update dynprune."
+        )
+    return about, tensors

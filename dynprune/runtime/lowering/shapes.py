@@ -1,0 +1,250 @@
+"""Operations that move or look at values without computing: views are free, concatenation along channels too where it can be.
+
+| ATen | becomes |
+| --- | --- |
+| permute, transpose, t, movedim, reshape, flatten, unflatten, squeeze, unsqueeze | another view (reshape: a copy where strides do not allow it) |
+| slice, narrow, select, split, split_with_sizes, chunk, unbind, expand, getitem | another view |
+| cat | operands are written straight into their part of the result, else copied |
+| pad, constant_pad_nd | padding of the convolution that follows, else fill and copy |
+| pixel_shuffle, upsample_nearest2d by whole factors | one copy |
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from dynprune.graph.capture import BATCH, Node
+from dynprune.runtime import views
+from dynprune.runtime.lowering.draft import Draft
+from dynprune.runtime.lowering.registry import dim_of_sample, lowers
+from dynprune.runtime.lowering.values import ConstantValue, EngineValue, ListValue, NotOnEngine, PaddedValue
+from dynprune.runtime.plan import View
+
+
+def _reordered(draft: Draft, node: Node, x: EngineValue, dims: list[int]) -> EngineValue:
+    """Returns the value with its dimensions, the batch among them, in the order `dims`."""
+    batch = x.view.batch_dim
+    sample = [dim_of_sample(d, len(dims), batch) for d in dims if d != batch]
+    return draft.viewed(node, x, replace(views.permuted(x.view, sample), batch_dim=dims.index(batch)))
+
+
+@lowers("permute")
+def permute(draft: Draft, node: Node) -> EngineValue:
+    x = draft.engine(node.args[0])
+    rank = len(x.view.sizes) + 1
+    return _reordered(draft, node, x, [d % rank for d in node.arguments["dims"]])
+
+
+@lowers("transpose", "swapaxes", "swapdims", "t")
+def transpose(draft: Draft, node: Node) -> EngineValue:
+    x = draft.engine(node.args[0])
+    dims = list(range(len(x.view.sizes) + 1))
+    first, second = node.args[1:] if node.op != "t" else (0, 1)
+    dims[first], dims[second] = dims[second], dims[first]
+    return _reordered(draft, node, x, dims)
+
+
+@lowers("movedim")
+def movedim(draft: Draft, node: Node) -> EngineValue:
+    x = draft.engine(node.args[0])
+    rank = len(x.view.sizes) + 1
+    source, target = ([d % rank for d in ([dims] if isinstance(dims, int) else dims)] for dims in node.args[1:])
+    order = [d for d in range(rank) if d not in source]
+    for to, dim in sorted(zip(target, source)):
+        order.insert(to, dim)
+    return _reordered(draft, node, x, order)
+
+
+@lowers("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
+def reshape(draft: Draft, node: Node) -> EngineValue:
+    x = draft.engine(node.args[0])
+    view, batch = x.view, _free_dim(node)
+    sizes = tuple(n for d, n in enumerate(node.shape) if d != batch)
+    if views.numel(view) != prod(sizes) or prod(view.sizes[: view.batch_dim]) != prod(sizes[:batch]):
+        raise NotOnEngine("the batch is mixed with other dimensions")
+    strides = views.reshape_strides(view.sizes, view.strides, sizes)
+    if strides is None:
+        x = draft.relaid(node.args[0], range(len(view.sizes)))
+        strides = views.reshape_strides(x.view.sizes, x.view.strides, sizes)
+    return draft.viewed(node, x, replace(x.view, sizes=sizes, strides=strides, batch_dim=batch))
+
+
+def _free_dim(node: Node) -> int:
+    """Returns the one dimension of the node whose size is not a number."""
+    free = [d for d, n in enumerate(node.shape or ()) if n is None or n == BATCH]
+    if len(free) != 1:
+        raise NotOnEngine("sizes that depend on the batch")
+    return free[0]
+
+
+@lowers("slice", "narrow")
+def slice_(draft: Draft, node: Node) -> EngineValue:
+    x = draft.engine(node.args[0])
+    rank, arguments = len(x.view.sizes) + 1, node.arguments
+    start, step = arguments["start"] or 0, arguments.get("step", 1)
+    dim = dim_of_sample(arguments["dim"], rank, x.view.batch_dim)
+    if node.op == "narrow":
+        end = start + arguments["length"] if isinstance(start, int) and isinstance(arguments["length"], int) else start
+    else:
+        end = arguments["end"]
+    if dim is None:
+        if start == 0 and step == 1 and (end is None or end == torch.iinfo(torch.int64).max):
+            return draft.viewed(node, x, x.view)
+        raise NotOnEngine("a part of the batch")
+    if not isinstance(start, int) or not isinstance(end, int | None):
+        raise NotOnEngine("bounds that depend on the input")
+    start, end, step = slice(start, end, step).indices(x.view.sizes[dim])
+    length = len(range(start, end, step))
+    if length == 0:
+        raise NotOnEngine("an empty slice")
+    return draft.viewed(node, x, views.sliced(x.view, dim, start, length, step), whole=False)
+
+
+def _selected(view: View, dim: int, index: int, batch_dim: int) -> View:
+    """Returns one element of a per-sample dimension, which is gone from the view."""
+    one = views.sliced(view, dim, index, 1)
+    keep = [d for d in range(len(view.sizes)) if d != dim]
+    return replace(views.permuted(one, keep), batch_dim=batch_dim)
+
+
+@lowers("select", "unbind")
+def select(draft: Draft, node: Node) -> EngineValue | ListValue:
+    x = draft.engine(node.args[0])
+    rank, batch = len(x.view.sizes) + 1, x.view.batch_dim
+    full_dim = node.arguments["dim"] % rank
+    dim = dim_of_sample(full_dim, rank, batch)
+    if dim is None:
+        raise NotOnEngine("a part of the batch")
+    batch -= full_dim < batch
+    if node.op == "unbind":
+        parts = [_selected(x.view, dim, i, batch) for i in range(x.view.sizes[dim])]
+        return _several(draft, node, x, parts)
+    index = node.arguments["index"]
+    if not isinstance(index, int):
+        raise NotOnEngine("an index that depends on the input")
+    return draft.viewed(node, x, _selected(x.view, dim, index % x.view.sizes[dim], batch), whole=False)
+
+
+@lowers("split", "split_with_sizes", "chunk")
+def split(draft: Draft, node: Node) -> ListValue:
+    x = draft.engine(node.args[0])
+    dim = dim_of_sample(node.arguments["dim"], len(x.view.sizes) + 1, x.view.batch_dim)
+    if dim is None:
+        raise NotOnEngine("a part of the batch")
+    total, size = x.view.sizes[dim], node.args[1]
+    if node.op == "chunk":
+        size = -(-total // size)
+    lengths = [min(size, total - i) for i in range(0, total, size)] if isinstance(size, int) else list(size)
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(views.sliced(x.view, dim, start, length))
+        start += length
+    return _several(draft, node, x, parts)
+
+
+def _several(draft: Draft, node: Node, x: EngineValue, parts: list[View]) -> ListValue:
+    draft.drop(x.site, f"'{node.name}' splits its channels")
+    return ListValue(tuple(EngineValue(part) for part in parts))
+
+
+@lowers("getitem")
+def getitem(draft: Draft, node: Node) -> EngineValue | ConstantValue:
+    source, index = node.args
+    value = draft.values[source] if isinstance(source, Node) else None
+    if not isinstance(value, ListValue) or not isinstance(index, int) or value.items[index] is None:
+        raise NotOnEngine("a result that the engine does not compute")
+    item = value.items[index]
+    return replace(item, step=item.step if draft.uses[node] == 1 else None, site=draft.site_of(node)) if isinstance(item, EngineValue) else item
+
+
+@lowers("expand", "expand_as", "broadcast_to")
+def expand(draft: Draft, node: Node) -> EngineValue | ConstantValue:
+    sizes, constant = draft.sizes(node), draft.constant(node.args[0])
+    if constant is not None:
+        full = constant.reshape((1,) * (len(node.shape) - constant.ndim) + tuple(constant.shape))
+        if constant.dtype != torch.float32 or full.shape[0] != 1:
+            raise NotOnEngine("a constant with a batch of its own")
+        return ConstantValue(full, repeats=True)
+    x = draft.engine(node.args[0])
+    if x.view.batch_dim != 0 or len(x.view.sizes) != len(sizes):
+        raise NotOnEngine("the batch moves")
+    return draft.viewed(node, x, views.expanded(x.view, sizes), whole=False)
+
+
+@lowers("pad", "constant_pad_nd")
+def pad(draft: Draft, node: Node) -> EngineValue | PaddedValue:
+    amounts, fill = node.args[1], node.arguments.get("value") or 0
+    if node.arguments.get("mode", "constant") != "constant" or not all(isinstance(n, int | float) for n in (*amounts, fill)):
+        raise NotOnEngine("padding that is not constant")
+    sizes = draft.sizes(node)
+    borders = [(before, after) for before, after in zip(amounts[::2], amounts[1::2])][::-1]
+    if len(borders) > len(sizes):
+        raise NotOnEngine("padding along the batch")
+    borders = [(0, 0)] * (len(sizes) - len(borders)) + borders
+    is_plane = len(sizes) == 3 and borders[0] == (0, 0) and all(n >= 0 for border in borders for n in border) and fill == 0
+    if is_plane and not isinstance(draft.values[node.args[0]], PaddedValue):
+        if all(user.op == "conv2d" and user.args[0] is node for user in node.users) and draft.uses[node] == len(node.users):
+            draft.engine(node.args[0])
+            return PaddedValue(node.args[0], *borders[1], *borders[2])
+    x = draft.engine(node.args[0])
+    if x.view.batch_dim != 0:
+        raise NotOnEngine("the batch is not in front")
+    return draft.pad(node, x, borders, float(fill))
+
+
+@lowers("cat", "concat", "concatenate")
+def cat(draft: Draft, node: Node) -> EngineValue:
+    operands = list(node.args[0])
+    sizes = draft.sizes(node)
+    dim = dim_of_sample(node.arguments["dim"], len(node.shape), 0)
+    values = [draft.engine(operand) for operand in operands if isinstance(operand, Node)]
+    if dim is None or len(values) != len(operands) or any(value.view.batch_dim for value in values):
+        raise NotOnEngine("not along one dimension of each sample")
+    for site in {draft.site_of(node), *(value.site for value in values)}:
+        draft.drop(site, f"'{node.name}' concatenates it with other channels")
+    largest = max(values, key=lambda value: views.numel(value.view)).view
+    if views.as_rows(largest, dim):
+        whole, start = draft.concatenation(node, dim)
+    else:
+        whole, start = draft.new_view(node, sizes, views.memory_order(largest)), 0
+    offset = start
+    for operand in operands:
+        length = draft.engine(operand).view.sizes[dim]
+        draft.place(node, operand, views.sliced(whole, dim, offset, length))
+        offset += length
+    return EngineValue(views.sliced(whole, dim, start, sizes[dim]), draft.site_of(node))
+
+
+@lowers("pixel_shuffle")
+def pixel_shuffle(draft: Draft, node: Node) -> EngineValue:
+    factor = node.args[1]
+    x = draft.engine(node.args[0])
+    if len(x.view.sizes) != 3 or x.view.batch_dim != 0:
+        raise NotOnEngine("not a batch of planes")
+    channels, height, width = x.view.sizes
+    c, h, w = x.view.strides
+    inner = (channels // factor**2, height, factor, width, factor)
+    source = replace(x.view, sizes=inner, strides=(c * factor**2, h, c * factor, w, c))
+    return _rewritten(draft, node, x, source)
+
+
+@lowers("upsample_nearest2d")
+def upsample_nearest2d(draft: Draft, node: Node) -> EngineValue:
+    x, sizes = draft.engine(node.args[0]), draft.sizes(node)
+    (channels, height, width), (c, h, w) = x.view.sizes, x.view.strides
+    if sizes[1] % height or sizes[2] % width or x.view.batch_dim != 0:
+        raise NotOnEngine("a factor that is not whole")
+    inner = (channels, height, sizes[1] // height, width, sizes[2] // width)
+    return _rewritten(draft, node, x, replace(x.view, sizes=inner, strides=(c, h, 0, w, 0)))
+
+
+def _rewritten(draft: Draft, node: Node, x: EngineValue, source: View) -> EngineValue:
+    """Copies `source`, a view of x, to new row-major memory and returns that as the node's value."""
+    view = draft.new_view(node, source.sizes)
+    draft.copy(node, replace(x, view=source), view)
+    sizes = draft.sizes(node)
+    return EngineValue(replace(view, sizes=sizes, strides=views.dense_strides(sizes)), draft.site_of(node))

@@ -1,0 +1,447 @@
+"""`DynamicModel`: what the user holds. It wraps a model, picks a level for each call and runs it on the engine or on PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dynprune.control.controller import LatencyController, PressurePolicy, check_level
+from dynprune.control.frontier import Frontier
+from dynprune.control.monitor import ResourceMonitor
+from dynprune.errors import CalibrationError, InputError
+from dynprune.gates.attach import Attachment, check_site_names, make_gate
+from dynprune.gates.heads import Gate, gate_key
+from dynprune.graph.capture import Graph
+from dynprune.graph.sites import Site
+from dynprune.runtime.costs import CostTable
+from dynprune.runtime.engine import Engine, Execution
+from dynprune.runtime.explain import explain
+from dynprune.runtime.plan import Plan
+from dynprune.runtime.session import Session, sites_in_common
+from dynprune.runtime.statistics import Stats, StatsRecorder, rows_of_sites
+
+MAX_SESSIONS = 8
+"""Plans kept for different input shapes; the one used longest ago goes first."""
+
+Active = Mapping[str, Sequence[Sequence[int]]]
+
+
+class DynamicModel(nn.Module):
+    """Runs a model so that each input uses only the channels and blocks that it needs, within a latency budget.
+
+    In eval mode, on CPU and without gradients the calls run on the C++ engine; in training mode, on another device or where gradients
+    are wanted, on the user's own modules with hooks. At level 0 the output is that of the original model. `model` itself stays as it
+    is: its parameters can be trained, loaded and moved as before, and the engine follows.
+
+    Args:
+        model: any module that torch.export can capture.
+        example_inputs: a tensor or tuple, as a call of the model takes it; None captures at the first call.
+        include, exclude: fnmatch patterns over site names ("layer2.*"): which sites get gates.
+        group_size: consecutive channels that a gate decides on together; it must divide every site's channels.
+
+    Raises:
+        InputError: the model does not take `example_inputs`, or a pattern or group size does not fit.
+        UnsupportedModelError: torch.export cannot capture the model.
+
+    Example:
+        >>> dm = DynamicModel(model.eval(), torch.rand(1, 3, 224, 224))
+        >>> calibrate(dm, loader)
+        >>> dm.set_latency_budget(ms=12)
+        >>> with torch.no_grad():
+        ...     y = dm(x)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple | None = None,
+        *,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        group_size: int = 1,
+    ):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise InputError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        if isinstance(model, DynamicModel):
+            raise InputError("`model` is a DynamicModel already; wrap its `.model`.")
+        self.model = model
+        self.gates = nn.ModuleDict()
+        self.include, self.exclude, self.group_size = tuple(include), tuple(exclude), group_size
+        self.frontier: Frontier | None = None
+        self.costs: CostTable | None = None
+        self.attachment: Attachment | None = None
+        self._level = 0.0
+        self._controller: LatencyController | None = None
+        self._monitor: ResourceMonitor | None = None
+        self._policy = PressurePolicy()
+        self._num_threads = torch.get_num_threads()
+        self._first: Session | None = None
+        self._sessions: OrderedDict[Any, Session] = OrderedDict()
+        self._sites: dict[str, Site] = {}
+        self._gate_of: dict[str, Gate] = {}
+        self._watched: list[Tensor] = []
+        self._watched_version = -1
+        self._recorder = StatsRecorder()
+        self._warned: set[str] = set()
+        self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
+        if example_inputs is not None:
+            self._session_for(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+
+    # ------------------------------------------------------------------ calls
+
+    def forward(self, *args: Any, deadline: float | None = None, **kwargs: Any) -> Any:
+        """Returns what the model returns.
+
+        Args:
+            args, kwargs: of the model. Dimension 0 of every tensor is the batch.
+            deadline: `time.monotonic()` seconds at which the result is due; gates tighten on the way to meet it. Default None: the
+                latency budget alone counts.
+
+        Raises:
+            InputError: the model does not take these inputs.
+        """
+        began_ns = time.monotonic_ns()
+        session, inputs = self._session_for(args, kwargs)
+        level, sample = self._next_level(inputs)
+        if not self._runs_on_engine(inputs):
+            result, _ = self.attachment.run(args, kwargs, level=level)
+            return result
+        due_ns = 0 if deadline is None else int(deadline * 1e9)
+        if self._controller is not None:
+            budget_end_ns = began_ns + int(self._controller.budget_ms * 1e6)
+            due_ns = min(due_ns, budget_end_ns) if due_ns else budget_end_ns
+        slowdown = 1.0 if self._controller is None else self._controller.slowdown
+        outputs, execution = self._engine_of(session).run(inputs, level=level, deadline_ns=due_ns, slowdown=slowdown)
+        result = session.pack(outputs)
+        self._record(session, inputs, execution, level, (time.monotonic_ns() - began_ns) * 1e-6)
+        return result
+
+    def run_with_active(self, *inputs: Any, active: Active, backend: str = "engine", **kwargs: Any) -> Any:
+        """Returns the model's output with given choices in place of the gates'.
+
+        Args:
+            inputs, kwargs: of the model.
+            active: site name to one strictly ascending list of active group indices per sample; a branch is [0] or []. A site not
+                named runs whole.
+            backend: "engine", or "hooked" for the user's modules in PyTorch; both mean the same.
+
+        Raises:
+            InputError: an unknown site or backend, or lists that do not fit.
+        """
+        if backend not in ("engine", "hooked"):
+            raise InputError(f"`backend` must be 'engine' or 'hooked', got {backend!r}.")
+        began_ns = time.monotonic_ns()
+        session, tensors = self._session_for(inputs, kwargs)
+        check_site_names(self.sites, active)
+        engine = self._engine_of(session)
+        if backend == "hooked":
+            result, _ = self.attachment.run(inputs, kwargs, level=1.0, active=active)
+            execution = engine.executed_for(active, tensors[0].shape[0])
+        else:
+            with torch.no_grad():
+                outputs, execution = engine.run(tensors, active=active)
+            result = session.pack(outputs)
+        self._record(session, tensors, execution, None, (time.monotonic_ns() - began_ns) * 1e-6)
+        return result
+
+    # ------------------------------------------------------------------ control
+
+    @property
+    def level(self) -> float:
+        """How tight the gates are, from 0 (everything runs) to 1; under a latency budget the one that the controller uses now."""
+        return self._level if self._controller is None else self._controller.level
+
+    @level.setter
+    def level(self, level: float) -> None:
+        level = check_level(level)
+        if self._controller is not None:
+            raise InputError("A latency budget picks the level; call set_latency_budget(None) before setting `level`.")
+        self._level = level
+
+    def set_latency_budget(self, ms: float | None = None, percentile: float = 95) -> None:
+        """Keeps `percentile` percent of the calls within `ms` milliseconds from the next call on; None ends the budget.
+
+        A budget that no level can meet is accepted: the model runs at level 1, says so once, and `stats()` counts the misses.
+
+        Raises:
+            InputError: `ms` is not a number > 0, or `percentile` is not inside (0, 100).
+            CalibrationError: the model has no frontier yet.
+        """
+        if ms is None:
+            self._controller = None
+            return
+        if self.frontier is None:
+            raise CalibrationError("A latency budget needs to know what each level costs; call calibrate(dm, data) first.")
+        if self._controller is None:
+            self._controller = LatencyController(self.frontier, budget_ms=ms, percentile=percentile)
+        else:
+            self._controller.set_budget(ms, percentile=percentile)
+        self._warned.discard("budget")
+
+    def attach_monitor(self, monitor: ResourceMonitor | None) -> None:
+        """Lets `monitor` tighten the gates under CPU load and memory pressure, and starts it; None detaches."""
+        if monitor is not None and not isinstance(monitor, ResourceMonitor):
+            raise InputError(f"`monitor` must be a ResourceMonitor or None, got {type(monitor).__name__}.")
+        self._monitor = monitor
+        if monitor is not None:
+            monitor.start()
+
+    def set_pressure_policy(self, policy: PressurePolicy) -> None:
+        """Sets how tight the gates are at least under the pressures that the monitor reports."""
+        if not isinstance(policy, PressurePolicy):
+            raise InputError(f"`policy` must be a PressurePolicy, got {type(policy).__name__}.")
+        self._policy = policy
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Runs later calls on `num_threads` threads; the default is `torch.get_num_threads()` when the model was wrapped."""
+        if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+            raise InputError(f"`num_threads` must be an int >= 1, got {num_threads!r}.")
+        self._num_threads = num_threads
+        self._refresh_sessions(weights=False)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of one call."""
+        return self._num_threads
+
+    # ------------------------------------------------------------------ what it is and did
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where gates stand."""
+        self._captured()
+        return tuple(self._sites.values())
+
+    @property
+    def plan(self) -> Plan:
+        """The engine's plan for the shape of the example inputs."""
+        return self._captured().plan
+
+    @property
+    def example(self) -> tuple[tuple, dict[str, Any]]:
+        """Positional and keyword arguments of the call that the model was first captured from."""
+        self._captured()
+        return self._example
+
+    @property
+    def graph(self) -> Graph:
+        """The captured graph for the shape of the example inputs."""
+        return self._captured().graph
+
+    def gate(self, site_name: str) -> Gate:
+        """Returns the gate of a site.
+
+        Raises:
+            InputError: no site has this name.
+        """
+        check_site_names(self.sites, [site_name])
+        return self._gate_of[site_name]
+
+    def stats(self) -> Stats:
+        """Returns what was executed and how long it took since the model was wrapped or `reset_stats()` was called."""
+        budget_ms = None if self._controller is None else self._controller.budget_ms
+        return self._recorder.summary(level=self.level, budget_ms=budget_ms)
+
+    def reset_stats(self) -> None:
+        """Forgets the statistics."""
+        self._recorder.reset()
+
+    def explain(self) -> str:
+        """Returns a table of every step, where it runs, its site and cost, and of every place without a gate and why."""
+        session = self._captured()
+        return explain(session.plan, session.sites, self.attachment.ungated, self._gate_of, self.costs)
+
+    def engine_for(self, *inputs: Any, **kwargs: Any) -> Engine:
+        """Returns the engine that runs inputs of these shapes."""
+        session, _ = self._session_for(inputs, kwargs)
+        return self._engine_of(session)
+
+    def flat_inputs(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
+        """Returns the tensors of a call in the order in which the engine takes them."""
+        return [leaf for leaf in pytree.tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
+
+    def set_frontier(self, frontier: Frontier, costs: CostTable | None) -> None:
+        """Takes what a calibration found; the next call uses it."""
+        self.frontier, self.costs = frontier, costs
+        if self._controller is not None:
+            budget_ms, percentile = self._controller.budget_ms, self._controller.percentile
+            self._controller = LatencyController(frontier, budget_ms=budget_ms, percentile=percentile)
+        self._refresh_sessions(weights=False)
+
+    def refresh(self) -> None:
+        """Makes the engine take the weights and gates as they are now; needed only after a parameter object was replaced."""
+        self._refresh_sessions(weights=True)
+
+    # ------------------------------------------------------------------ files and copies
+
+    def save(self, path: str | PathLike) -> None:
+        """Saves gates, frontier and cost table, not the model's own weights, as safetensors with JSON inside."""
+        from dynprune.runtime.checkpoint import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
+        """Returns a `DynamicModel` of `model` with what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is damaged or foreign, was written by a newer version, or belongs to another model.
+        """
+        from dynprune.runtime.checkpoint import load
+
+        return load(path, model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicModel:
+        twin = DynamicModel(
+            copy.deepcopy(self.model, memo), include=self.include, exclude=self.exclude, group_size=self.group_size
+        )
+        if self._first is not None:
+            twin._session_for(*copy.deepcopy(self._example, memo))
+            twin.gates.load_state_dict(self.gates.state_dict())
+        twin.train(self.training)
+        twin._level, twin._num_threads, twin._policy = self._level, self._num_threads, self._policy
+        if self.frontier is not None:
+            twin.set_frontier(self.frontier, self.costs)
+        return twin
+
+    def __reduce__(self):
+        raise InputError("A DynamicModel is not pickled; use dm.save(path) and DynamicModel.load(path, model).")
+
+    def extra_repr(self) -> str:
+        if self._first is None:
+            return "not captured yet"
+        return f"{len(self._sites)} sites, level={self.level:.2f}, num_threads={self._num_threads}"
+
+    def _apply(self, fn, recurse: bool = True):
+        result = super()._apply(fn, recurse)
+        self.refresh()
+        return result
+
+    # ------------------------------------------------------------------ inside
+
+    def _session_for(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Session, list[Tensor]]:
+        """Returns the session for the shapes of a call, captured now if they are new, and the call's tensors."""
+        leaves = args if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) else pytree.tree_leaves((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not inputs:
+            raise InputError("The model needs at least one tensor, whose dimension 0 is the batch; got none.")
+        key = (
+            tuple((x.shape[1:], x.dtype) for x in inputs),
+            None if len(leaves) == len(inputs) else tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
+            tuple(kwargs),
+        )
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._capture(key, args, kwargs)
+        session.check_batch(inputs)
+        return session, inputs
+
+    def _capture(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Session:
+        if any(isinstance(x, Tensor) and x.ndim and x.shape[0] == 0 for x in pytree.tree_leaves((args, kwargs))):
+            raise InputError("The batch must hold at least 1 sample, got 0.")
+        session = Session(
+            self.model, args, kwargs, include=self.include, exclude=self.exclude, group_size=self.group_size
+        )
+        if self._first is None:
+            self._take_sites(session)
+            self._example = (args, kwargs)
+        else:
+            session.sites = sites_in_common(session.sites, self._sites)
+        self._sessions[key] = session
+        if len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        return session
+
+    def _take_sites(self, session: Session) -> None:
+        """Makes the gates of the sites that the first capture found."""
+        gates = {site.name: make_gate(self.model, site) for site in session.sites.sites}
+        self.attachment = Attachment(self.model, session.sites.sites, self.gates, session.graph)
+        self._sites = {site.name: site for site in self.attachment.sites}
+        session.sites = sites_in_common(session.sites, self._sites)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for name in self._sites:
+            self.gates[gate_key(name)] = gates[name].to(device).train(self.training)
+            self._gate_of[name] = gates[name]
+        self._first = session
+
+    def _captured(self) -> Session:
+        if self._first is None:
+            raise InputError("The model is captured at its first call; pass `example_inputs` or call it once.")
+        return self._first
+
+    def _engine_of(self, session: Session) -> Engine:
+        if self._watched_version != sum(map(_version, self._watched)) or not self._watched:
+            self._refresh_sessions(weights=True)
+            self._watched = [*self.model.parameters(), *self.model.buffers(), *self.gates.parameters(), *self.gates.buffers()]
+            self._watched_version = sum(map(_version, self._watched))
+        return session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
+
+    def _refresh_sessions(self, *, weights: bool) -> None:
+        for session in [*self._sessions.values(), *([self._first] if self._first else [])]:
+            session.refresh(weights=weights)
+        self._watched = []
+
+    def _runs_on_engine(self, inputs: list[Tensor]) -> bool:
+        if self.training or any(x.device.type != "cpu" for x in inputs):
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.model.parameters())):
+            self._warn_once("grad", "Gradients are enabled, so this call runs on PyTorch; use torch.no_grad() to run on the engine.")
+            return False
+        return all(p.device.type == "cpu" for p in self._watched) if self._watched else _on_cpu(self.model)
+
+    def _next_level(self, inputs: list[Tensor]) -> tuple[float, Any]:
+        sample = None if self._monitor is None else self._monitor.sample()
+        level = self._level
+        if self._controller is not None and not self.training:
+            level = self._controller.next_level(sample, work=float(inputs[0].shape[0]))
+            if not self._controller.reachable:
+                self._warn_once(
+                    "budget",
+                    f"No level is expected to keep the budget of {self._controller.budget_ms:g} ms; running at level 1. "
+                    "stats().budget_misses counts the misses.",
+                )
+        if sample is not None and not self.training:
+            level = max(level, self._policy.level_floor(sample))
+        return level, sample
+
+    def _record(self, session: Session, inputs: list[Tensor], execution: Execution, level: float | None, latency_ms: float) -> None:
+        batch = inputs[0].shape[0]
+        missed = False
+        if self._controller is not None and level is not None:
+            missed = latency_ms > self._controller.budget_ms
+            self._controller.observe(latency_ms, execution.predicted_ms, level=level, work=float(batch))
+        names, totals = session.site_rows
+        self._recorder.add(
+            samples=batch,
+            latency_ms=latency_ms,
+            macs=execution.macs,
+            all_macs=float(session.plan.macs * batch),
+            rows=rows_of_sites(names, totals, execution.counts),
+            level=execution.level,
+            missed=missed,
+            guard_actions=execution.guard_actions,
+        )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _version(tensor: Tensor) -> int:
+    """Returns how often a tensor was written in place; 0 for one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return all(p.device.type == "cpu" for p in model.parameters())

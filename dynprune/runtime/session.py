@@ -1,0 +1,105 @@
+"""One captured shape of a model: its graph, and the plan and engine made from it when they are first needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dynprune.errors import InputError
+from dynprune.gates.heads import Gate
+from dynprune.graph.capture import Graph, capture
+from dynprune.graph.sites import Site, Sites, find_sites
+from dynprune.runtime.costs import CostTable
+from dynprune.runtime.engine import Engine
+from dynprune.runtime.lower import lower
+from dynprune.runtime.plan import Plan
+
+
+class Session:
+    """A model for one set of input shapes (any batch size): captured at once, lowered when it first runs on the engine.
+
+    Args:
+        model: the user's model.
+        args, kwargs: an example call.
+        include, exclude, group_size: see `find_sites`.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], *, include, exclude, group_size: int):
+        self.graph: Graph = capture(model, args, kwargs)
+        self.sites: Sites = find_sites(self.graph, include=include, exclude=exclude, group_size=group_size)
+        self._lock = threading.Lock()
+        self._plan: Plan | None = None
+        self._engine: Engine | None = None
+        self._site_rows: tuple[list[str], np.ndarray] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The lowered model; made at the first use."""
+        with self._lock:
+            return self._lowered()
+
+    @property
+    def site_rows(self) -> tuple[list[str], np.ndarray]:
+        """Names of the plan's sites, and how many rows each has."""
+        if self._site_rows is None:
+            sites = self.plan.sites
+            self._site_rows = [site.name for site in sites], np.array([site.num_channels for site in sites], np.int64)
+        return self._site_rows
+
+    def engine(self, gates: Mapping[str, Gate], *, costs: CostTable | None, num_threads: int) -> Engine:
+        """Returns the engine, which is made at the first use and after `refresh`."""
+        engine = self._engine
+        if engine is not None:
+            return engine
+        with self._lock:
+            if self._engine is None:
+                sites = {site.name: site for site in self.sites.sites}
+                self._engine = Engine(self._lowered(), sites, gates, costs=costs, num_threads=num_threads)
+            return self._engine
+
+    def refresh(self, *, weights: bool) -> None:
+        """Makes the next use build the engine again; with `weights` the plan too, which holds the model's folded weights."""
+        with self._lock:
+            self._engine = None
+            if weights:
+                self._plan = self._site_rows = None
+
+    def trim(self) -> None:
+        """Lets go of memory that no run uses."""
+        if self._engine is not None:
+            self._engine.trim()
+
+    def pack(self, outputs: list[Any]) -> Any:
+        """Returns flattened outputs in the form in which the model returns them."""
+        if self.graph.out_spec.is_leaf():
+            return outputs[0]
+        return pytree.tree_unflatten(outputs, self.graph.out_spec)
+
+    def check_batch(self, inputs: list[Tensor]) -> None:
+        """Raises InputError where the inputs' batch sizes are empty, differ, or are not the captured one of a fixed-batch model."""
+        sizes = [x.shape[0] if x.ndim else 1 for x in inputs]
+        if min(sizes) < 1:
+            raise InputError("The batch must hold at least 1 sample, got 0.")
+        if self.graph.dynamic_batch:
+            if min(sizes) != max(sizes):
+                raise InputError(f"All inputs must have one batch size, got {sizes}.")
+        elif sizes[0] != self.graph.batch_size:
+            raise InputError(f"This model was captured with a fixed batch of {self.graph.batch_size}, got {sizes[0]}.")
+
+    def _lowered(self) -> Plan:
+        if self._plan is None:
+            with torch.no_grad():
+                self._plan = lower(self.graph, self.sites)
+        return self._plan
+
+
+def sites_in_common(sites: Sites, known: Mapping[str, Site]) -> Sites:
+    """Returns `sites` without those that the model's gates, made for another shape, do not fit."""
+    kept = tuple(s for s in sites.sites if s.name in known and s.num_groups == known[s.name].num_groups)
+    return Sites(kept, sites.ungated, sites.macs, sites.node_macs)
