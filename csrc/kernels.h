@@ -35,6 +35,20 @@ struct PackArgs {
   int64_t width;  // lanes per panel row, a multiple of the vector length
 };
 
+// The same panel where the output plane is as wide as the input plane and the stride is 1: then a tap's element for position p is
+// plane[p + shift[tap]], but for the lanes beyond the border, whose bit in masks[tap][vector] is 0.
+struct PackShiftedArgs {
+  const float* planes;  // at the tile's first position
+  int64_t plane_stride;
+  int64_t taps;
+  int64_t first_k;
+  int64_t num_k;
+  const int32_t* shifts;   // [taps]
+  const uint32_t* masks;   // [taps][vectors], lane i in bit i
+  float* panel;
+  int64_t vectors;
+};
+
 // out[i][p] = (accumulate ? out[i][p] : 0) + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p]
 struct GatherGemmArgs {
   int64_t m;
@@ -120,8 +134,9 @@ struct DepthwiseArgs {
   const float* weight;  // [kernel_height][kernel_width]
   float bias;
   float low, high;
-  float* packed;  // lines->stride floats for each input row that num_rows output rows see
-  float* out;     // [num_rows][out_width]
+  const float* zeros;  // [in_width] zeros: an input row above or below the plane
+  float* packed;       // lines->stride floats for each input row that num_rows output rows see
+  float* out;          // [num_rows][out_width]
 };
 
 // out[i][x] = max of in(first_row + i, x; r, s), padding ignored, NaN handed on; or sum / (row_count[i] * column_count[x]).
@@ -205,12 +220,58 @@ struct TransposeArgs {
   int64_t out_stride;
 };
 
+// Winograd F(m x m, 3 x 3): m = `tile` outputs a side from t = m + 2 inputs; lanes are tiles (kernels/winograd-inl.h).
+// A unit is 8 output columns of one tile row: 8 / m tiles, one after the other in the lanes.
+struct WinogradUnit {
+  int32_t line;     // where its input columns begin in a line
+  int32_t out;      // where its outputs begin in a row of results
+  int32_t columns;  // of the 8, how many the output plane has; 0 for a unit that only fills lanes
+  int32_t rows;     // of the m, how many the output plane has
+};
+// Neighbouring units of one tile row: their input begins at (in_y, in_x), which may lie in the padding, and is `columns` wide.
+struct WinogradBand {
+  int32_t in_y, in_x;
+  int32_t columns;
+  int32_t line;  // where the columns stand in a line
+};
+
+// out[i * t + j][row][lane] = (B' d B)[i][j], d the t x t inputs of tile `lane` of plane `row`; outside the plane they are zero.
+struct WinogradInputArgs {
+  int64_t tile;
+  int64_t rows;
+  const float* planes;
+  int64_t plane_stride;
+  int64_t in_height, in_width;
+  const WinogradBand* bands;
+  int64_t num_bands;
+  const WinogradUnit* units;  // [width * tile / 8, rounded up]
+  int64_t width;              // lanes of a row, a multiple of the vector length
+  float* lines;               // t lines of line_stride floats: what `bands` fill and `units` read
+  int64_t line_stride;
+  float* out;  // [t * t][rows][width]
+  int64_t out_stride;
+};
+
+// out[row][units[u].out + y * row_stride + x] = (A' m A)[y][x], m the t x t products of a tile: in[i * t + j][row][lane].
+struct WinogradOutputArgs {
+  int64_t tile;
+  int64_t rows;
+  const float* in;  // [t * t][rows][width]
+  int64_t in_stride;
+  const WinogradUnit* units;
+  int64_t width;
+  float* out;
+  int64_t out_stride;
+  int64_t row_stride;
+};
+
 // The kernels of one instruction set. Filled once in isa/<isa>.cpp; never null.
 struct KernelTable {
   const char* isa;
   int lanes;
   int gemm_max_vectors;  // the widest tile of gather_gemm, in vectors
   void (*pack_patches)(const PackArgs&);
+  void (*pack_shifted)(const PackShiftedArgs&);
   void (*gather_gemm)(const GatherGemmArgs&);
   void (*epilogue)(const EpilogueArgs&);
   void (*dot_rows)(const DotRowsArgs&);
@@ -225,6 +286,8 @@ struct KernelTable {
   void (*softmax_columns)(const NormalizeArgs&);
   void (*softmax_rows)(const NormalizeArgs&);
   void (*transpose)(const TransposeArgs&);
+  void (*winograd_input)(const WinogradInputArgs&);
+  void (*winograd_output)(const WinogradOutputArgs&);
 };
 
 const KernelTable& scalar_kernels();

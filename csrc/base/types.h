@@ -14,6 +14,8 @@ struct Rows {
   int64_t rows = 0;
   int64_t row_stride = 0;
   int64_t positions = 0;
+  // Set by the plan: the buffer lies in the arena, so that a few vectors past the operand's end may be read (not used).
+  bool in_arena = false;
 };
 
 // The rows of one sample that run, ascending. `inactive` has 1.0f for each row that does not run and 0.0f for the others, over all

@@ -13,6 +13,7 @@
 #include "kernels/normalize-inl.h"
 #include "kernels/pool-inl.h"
 #include "kernels/transpose-inl.h"
+#include "kernels/winograd-inl.h"
 
 namespace dynprune {
 
@@ -22,6 +23,7 @@ const KernelTable& scalar_kernels() {
       Vec::kLanes,
       kGemmMaxVectors,
       pack_patches,
+      pack_shifted,
       gather_gemm,
       epilogue,
       dot_rows,
@@ -36,6 +38,8 @@ const KernelTable& scalar_kernels() {
       softmax_columns,
       softmax_rows,
       transpose,
+      winograd_input,
+      winograd_output,
   };
   return table;
 }

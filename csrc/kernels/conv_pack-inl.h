@@ -61,5 +61,22 @@ void pack_patches(const PackArgs& a) {
   }
 }
 
+void pack_shifted(const PackShiftedArgs& a) {
+  const float* plane = a.planes + (a.first_k / a.taps) * a.plane_stride;
+  int64_t tap = a.first_k % a.taps;
+  float* panel = a.panel;
+  for (int64_t k = 0; k < a.num_k; ++k) {
+    const float* source = plane + a.shifts[tap];
+    const uint32_t* masks = a.masks + tap * a.vectors;
+    for (int64_t v = 0; v < a.vectors; ++v, source += Vec::kLanes, panel += Vec::kLanes) {
+      store(panel, masks[v] != 0 ? load_masked(source, mask_from_bits(masks[v])) : zero());
+    }
+    if (++tap == a.taps) {
+      tap = 0;
+      plane += a.plane_stride;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dynprune

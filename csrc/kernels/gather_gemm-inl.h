@@ -27,6 +27,17 @@ constexpr int kGemmMaxVectors = 2;
 constexpr int kGemmMaxVectors = 8;
 #endif
 
+// Asks for the beginnings of the next tile's weight rows: each row is a new stream, which the hardware only follows once it has begun.
+inline void prefetch_rows(const GatherGemmArgs& a, int64_t first, int64_t count) {
+  const int64_t last = first + count < a.m ? first + count : a.m;
+  if (a.k == 0) return;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t row = a.row_index != nullptr ? a.row_index[i] : a.first_row + i;
+    const float* weight = a.weight + row * a.weight_stride + a.weight_offset[0];
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(weight + 16 * line);
+  }
+}
+
 template <int MR, int NV>
 void gemm_tile(const GatherGemmArgs& a, int64_t first) {
   const float* weight[MR];
@@ -35,6 +46,7 @@ void gemm_tile(const GatherGemmArgs& a, int64_t first) {
     const int64_t row = a.row_index != nullptr ? a.row_index[first + i] : a.first_row + first + i;
     weight[i] = a.weight + row * a.weight_stride;
   }
+  prefetch_rows(a, first + MR, MR);
   float* out = a.out + first * a.out_stride;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {

@@ -118,7 +118,7 @@ void layer_norm_rows(const NormalizeArgs& a) {
     const Vec mean = set1(row_sum(in, a.n) * scale);
     Vec squares = zero();
     for (int64_t p = 0; p < a.n; p += Vec::kLanes) {
-      const Vec x = sub(load_range(in + p, 0, a.n - p, mean), mean);
+      const Vec x = sub(load_masked(in + p, lane_range(0, a.n - p), mean), mean);
       squares = fma(x, x, squares);
     }
     const Vec inverse = div(set1(1.0f), sqrt(set1(reduce_add(squares) * scale + a.eps)));
@@ -137,11 +137,11 @@ void softmax_rows(const NormalizeArgs& a) {
     const float* in = a.in + i * a.in_stride;
     float* out = a.out + i * a.out_stride;
     Vec largest = lowest;
-    for (int64_t p = 0; p < a.n; p += Vec::kLanes) largest = max(largest, load_range(in + p, 0, a.n - p, lowest));
+    for (int64_t p = 0; p < a.n; p += Vec::kLanes) largest = max(largest, load_masked(in + p, lane_range(0, a.n - p), lowest));
     largest = set1(reduce_max(largest));
     Vec sum = zero();
     for (int64_t p = 0; p < a.n; p += Vec::kLanes) {
-      const Vec e = exp(sub(load_range(in + p, 0, a.n - p, lowest), largest));
+      const Vec e = exp(sub(load_masked(in + p, lane_range(0, a.n - p), lowest), largest));
       sum = add(sum, e);
       store_lanes(out + p, e, a.n - p);
     }

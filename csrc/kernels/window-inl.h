@@ -14,25 +14,20 @@ inline void fill_line(float* line, int64_t length, Vec fill) {
   for (int64_t i = 0; i < length; i += Vec::kLanes) store(line + i, fill);
 }
 
+// Input columns [first, first + lanes) of a row of `width` columns.
+inline Vec load_columns(const float* in, int64_t width, int64_t first, Vec fill) {
+  if (first >= 0 && first + Vec::kLanes <= width) return load(in + first);
+  return load_masked(in + first, lane_range(-first, width - first), fill);
+}
+
 inline void pack_line_whole(const float* in, int64_t width, int64_t pad_left, int64_t phase_width, Vec fill, float* line) {
-  int64_t i = 0;
-  for (; i < pad_left && i < phase_width; i += Vec::kLanes) store(line + i, load_range(in - pad_left + i, pad_left - i, pad_left + width - i, fill));
-  for (; i + Vec::kLanes <= pad_left + width && i < phase_width; i += Vec::kLanes) store(line + i, load(in - pad_left + i));
-  for (; i < phase_width; i += Vec::kLanes) store(line + i, load_range(in - pad_left + i, 0, pad_left + width - i, fill));
+  for (int64_t i = 0; i < phase_width; i += Vec::kLanes) store(line + i, load_columns(in, width, i - pad_left, fill));
 }
 
 inline void pack_line_halves(const float* in, int64_t width, int64_t pad_left, int64_t phase_width, Vec fill, float* line) {
   for (int64_t i = 0; i < phase_width; i += Vec::kLanes) {
-    const int64_t first = 2 * i - pad_left;  // input column of the first lane
-    const int64_t second = first + Vec::kLanes;
-    Vec low, high;
-    if (first >= 0 && second + Vec::kLanes <= width) {
-      low = load(in + first);
-      high = load(in + second);
-    } else {
-      low = load_range(in + first, -first, width - first, fill);
-      high = load_range(in + second, -second, width - second, fill);
-    }
+    const Vec low = load_columns(in, width, 2 * i - pad_left, fill);
+    const Vec high = load_columns(in, width, 2 * i - pad_left + Vec::kLanes, fill);
     store(line + i, even_lanes(low, high));
     store(line + phase_width + i, odd_lanes(low, high));
   }

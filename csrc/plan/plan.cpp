@@ -36,7 +36,10 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
     for (const int32_t branch : step.branches) {
       if (branch < 0 || branch >= num_sites) fail("step '" + step.name + "' names an unknown branch.");
     }
-    for (const Rows& rows : step.inputs) check_operand(step, rows);
+    for (Rows& rows : step.inputs) {
+      check_operand(step, rows);
+      rows.in_arena = spec_.buffers[rows.buffer].is_arena;
+    }
     if (step.op != "torch" && step.op != "gate") check_operand(step, step.output);
     branches_.push_back(step.branches);
     step_sites_.push_back({step.in_site, step.out_site});

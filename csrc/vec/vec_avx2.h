@@ -25,13 +25,26 @@ inline Vec zero() { return {_mm256_setzero_ps()}; }
 inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_partial(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }  // lanes >= n are 0
-// Lanes [first, last) are read, the others are those of `fill`; first and last are clamped to the vector.
-inline Vec load_range(const float* p, int64_t first, int64_t last, Vec fill) {
+// Lanes [first, last); first and last are clamped to the vector.
+inline Mask lane_range(int64_t first, int64_t last) {
   const int begin = first <= 0 ? 0 : first >= 8 ? 8 : static_cast<int>(first);
   const int end = last <= 0 ? 0 : last >= 8 ? 8 : static_cast<int>(last);
-  const __m256i mask = _mm256_andnot_si256(first_lanes(begin), first_lanes(end));
-  return {_mm256_blendv_ps(fill.v, _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
+  return {_mm256_castsi256_ps(_mm256_andnot_si256(first_lanes(begin), first_lanes(end)))};
 }
+// Lane i is bit i.
+inline Mask lanes_of_bits(uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane))};
+}
+// Reads the lanes of the mask only; the others are 0, or those of `fill`.
+inline Mask mask_from_bits(std::uint32_t bits) {  // lane i is bit i
+  const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), places);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, places))};
+}
+inline Vec load_masked(const float* p, Mask m) { return {_mm256_maskload_ps(p, _mm256_castps_si256(m.m))}; }
+inline Vec load_masked(const float* p, uint32_t bits) { return load_masked(p, lanes_of_bits(bits)); }
+inline Vec load_masked(const float* p, Mask m, Vec fill) { return {_mm256_blendv_ps(fill.v, load_masked(p, m).v, m.m)}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store_partial(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
 

@@ -28,12 +28,19 @@ inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }  // lanes >= n are 0
-// Lanes [first, last) are read, the others are those of `fill`; first and last are clamped to the vector.
-inline Vec load_range(const float* p, int64_t first, int64_t last, Vec fill) {
+// Lanes [first, last); first and last are clamped to the vector.
+inline Mask lane_range(int64_t first, int64_t last) {
   const unsigned below_last = last <= 0 ? 0u : last >= 16 ? 0xFFFFu : (1u << last) - 1u;
   const unsigned below_first = first <= 0 ? 0u : first >= 16 ? 0xFFFFu : (1u << first) - 1u;
-  return {_mm512_mask_loadu_ps(fill.v, static_cast<__mmask16>(below_last & ~below_first), p)};
+  return {static_cast<__mmask16>(below_last & ~below_first)};
 }
+// Lane i is bit i.
+inline Mask lanes_of_bits(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }
+// Reads the lanes of the mask only; the others are 0, or those of `fill`.
+inline Mask mask_from_bits(std::uint32_t bits) { return {static_cast<__mmask16>(bits)}; }  // lane i is bit i
+inline Vec load_masked(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m.m, p)}; }
+inline Vec load_masked(const float* p, uint32_t bits) { return load_masked(p, lanes_of_bits(bits)); }
+inline Vec load_masked(const float* p, Mask m, Vec fill) { return {_mm512_mask_loadu_ps(fill.v, m.m, p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store_partial(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 

@@ -20,7 +20,15 @@ inline Vec zero() { return {0.0f}; }
 inline Vec set1(float x) { return {x}; }
 inline Vec load(const float* p) { return {*p}; }
 inline Vec load_partial(const float* p, int n) { return {n > 0 ? *p : 0.0f}; }
-inline Vec load_range(const float* p, int64_t first, int64_t last, Vec fill) { return {first <= 0 && last > 0 ? *p : fill.v}; }
+// Lanes [first, last); first and last are clamped to the vector.
+inline Mask lane_range(int64_t first, int64_t last) { return {first <= 0 && last > 0}; }
+// Lane i is bit i.
+inline Mask lanes_of_bits(uint32_t bits) { return {(bits & 1u) != 0}; }
+// Reads the lanes of the mask only; the others are 0, or those of `fill`.
+inline Mask mask_from_bits(std::uint32_t bits) { return {(bits & 1u) != 0}; }  // lane i is bit i
+inline Vec load_masked(const float* p, Mask m) { return {m.m ? *p : 0.0f}; }
+inline Vec load_masked(const float* p, uint32_t bits) { return load_masked(p, lanes_of_bits(bits)); }
+inline Vec load_masked(const float* p, Mask m, Vec fill) { return {m.m ? *p : fill.v}; }
 inline void store(float* p, Vec a) { *p = a.v; }
 inline void store_partial(float* p, Vec a, int n) {
   if (n > 0) *p = a.v;

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dynprune.runtime.model import DynamicModel
     from dynprune.timing import Measurement
 
+DEFAULT_KEEPS = (1.0, 0.75, 0.5, 0.25)
+_HEADERS = ("keep", "skip rate", "FLOPs ratio", "median ms", "IQR ms", "speed-up", "realised")
 TOLERANCE = 1e-3
 """The largest difference from the reference, relative to its largest value, that counts as the same output."""
 
@@ -92,8 +94,10 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the verb `bench`."""
     parser = verbs.add_parser("bench", help="time a model at several keep ratios against PyTorch, ONNX Runtime and OpenVINO")
     add_model_arguments(parser)
-    parser.add_argument("--keep", metavar="R,R,...", type=parse_keeps, default=(1.0, 0.75, 0.5, 0.25), help="keep ratios; default 1,0.75,0.5,0.25")
-    parser.add_argument("--against", metavar="NAME,...", default=",".join(NAMES), help=f"rivals, of {','.join(NAMES)}, or none; default all")
+    parser.add_argument("--keep", metavar="R,R,...", type=parse_keeps, default=DEFAULT_KEEPS, help="ratios; default 1,0.75,0.5,0.25")
+    parser.add_argument(
+        "--against", metavar="NAME,...", default=",".join(NAMES), help=f"rivals, of {','.join(NAMES)}, or none; default all"
+    )
     parser.add_argument("--threads", metavar="N", type=positive_int, help="for the engine and every rival; default: torch's number here")
     parser.add_argument("--seconds", metavar="S", type=positive_float, default=3.0, help="timed seconds per row; default 3")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report there")
@@ -166,7 +170,8 @@ def benchmark(loaded: LoadedModel, keeps: tuple[float, ...], rival_names: tuple[
         times = measure_interleaved(functions, seconds=seconds)
         rival_rows = [_rival_row(rival, times, reference) for rival in rivals]
         keep_rows = [_keep_row(dm, loaded, keep, active[keep], times, rival_rows) for keep in keeps]
-    return Report(describe_machine(threads), loaded.name, tuple(tuple(item.shape) for item in loaded.inputs), tuple(keep_rows), tuple(rival_rows))
+    shapes = tuple(tuple(item.shape) for item in loaded.inputs)
+    return Report(describe_machine(threads), loaded.name, shapes, tuple(keep_rows), tuple(rival_rows))
 
 
 def random_active(sites: tuple[Site, ...], keep: float, batch: int) -> dict[str, list[np.ndarray]]:
@@ -203,7 +208,7 @@ def first_tensor(output: object) -> torch.Tensor:
 
 
 def relative_error(output: object, reference: object) -> float:
-    """Returns the largest difference between two outputs relative to the reference's largest value; inf where sizes differ or not finite."""
+    """Returns the largest difference between two outputs relative to the reference's largest; inf where sizes differ or one is NaN."""
     ours, theirs = first_tensor(output).double(), first_tensor(reference).double()
     if ours.shape != theirs.shape:
         return math.inf
@@ -253,7 +258,7 @@ def report_text(report: Report) -> str:
     """Returns the report as two tables under a line on the machine."""
     available = [rival.name for rival in report.rivals if rival.median_ms is not None]
     engine = format_table(
-        ["keep", "skip rate", "FLOPs ratio", "median ms", "IQR ms", "speed-up", "realised", *(f"vs {name}" for name in available), "max error"],
+        [*_HEADERS, *(f"vs {name}" for name in available), "max error"],
         [
             [
                 f"{row.keep:g}",

@@ -96,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"threads       {facts.threads} (torch, and the engine unless set_num_threads says otherwise)")
     print(f"governor      {', '.join(facts.governors) or 'not visible here'}")
     print()
-    print(format_table(["monitor source", "available", "  detail"], [[name, "yes" if has else "no", detail] for name, has, detail in sources]))
+    rows = [[state.name, "yes" if state.available else "no", state.detail] for state in sources]
+    print(format_table(["monitor source", "available", "detail"], rows, text_columns=3))
     print()
     found = advice(facts)
     print("Why things may be slow here:" if found else "Nothing found that would slow things down here.")
@@ -137,11 +138,13 @@ def advice(facts: Facts) -> list[str]:
     if facts.threads > usable:
         found.append(f"{facts.threads} threads share {usable:g} cores; call torch.set_num_threads({max(1, int(usable))}).")
     if facts.throttled_fraction:
-        found.append(f"The container was throttled {facts.throttled_fraction:.0%} of the time just now; raise its CPU quota or use fewer threads.")
+        found.append(
+            f"The container was throttled {facts.throttled_fraction:.0%} of the time just now; raise its quota or use fewer threads."
+        )
     if facts.load_average is not None and facts.load_average > facts.cores:
-        found.append(f"The load average, {facts.load_average:.1f}, is above the {facts.cores} cores: other programs take part of each core.")
+        found.append(f"The load average is {facts.load_average:.1f} on {facts.cores} cores: other programs take part of each core.")
     elif facts.cpu_fraction is not None and facts.cpu_fraction > _BUSY_FRACTION:
-        found.append(f"The CPU is {facts.cpu_fraction:.0%} busy with other work just now; timings taken now are not those of an idle machine.")
+        found.append(f"The CPU is {facts.cpu_fraction:.0%} busy just now; timings taken now are not those of an idle machine.")
     if "powersave" in facts.governors:
         found.append("The clock governor 'powersave' may hold the clock low; where you may, run: cpupower frequency-set -g performance.")
     if facts.swap_fraction is not None and facts.swap_fraction > _SWAP_IN_USE:

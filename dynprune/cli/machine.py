@@ -36,9 +36,9 @@ def describe_machine(threads: int) -> Machine:
     """Returns the machine this process runs on; `threads` is what the measurement uses."""
     import torch
 
-    from dynprune.runtime import _C
+    from dynprune.runtime.engine import choose_isa
 
-    return Machine(cpu_name(), _C.chosen_isa(), threads, torch.__version__, __version__, commit())
+    return Machine(cpu_name(), choose_isa(), threads, torch.__version__, __version__, commit())
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

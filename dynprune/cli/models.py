@@ -42,8 +42,10 @@ class LoadedModel:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL, --weights, --shape and --batch."""
-    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION (returns a model, or a model and its inputs)")
-    parser.add_argument("--weights", metavar="FILE", type=Path, help="state_dict (.pt, .pth) or .safetensors to load; default: random weights")
+    parser.add_argument(
+        "model", metavar="MODEL", help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns a model or (model, inputs)"
+    )
+    parser.add_argument("--weights", metavar="FILE", type=Path, help="state_dict or .safetensors to load; default: random weights")
     parser.add_argument(
         "--shape", metavar="C,H,W", type=parse_shape, help="sizes of one input without the batch; default: the model's own, else 3,224,224"
     )
@@ -123,7 +125,7 @@ def _torchvision_model(name: str) -> nn.Module:
     try:
         from torchvision import models
     except ImportError as error:
-        raise InputError(f"'torchvision:{name}' needs torchvision, which is not installed here ({error}); run: pip install torchvision") from error
+        raise InputError(f"'torchvision:{name}' needs torchvision, not installed here ({error}); run: pip install torchvision") from error
     _check_name("torchvision", name, models.list_models())
     needs_no_weights = {"weights": None} | ({"weights_backbone": None} if name in models.list_models(module=models.detection) else {})
     return models.get_model(name, **needs_no_weights)
@@ -134,7 +136,7 @@ def _timm_model(name: str) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise InputError(f"'timm:{name}' needs timm, which is not installed here ({error}); run: pip install timm") from error
+        raise InputError(f"'timm:{name}' needs timm, not installed here ({error}); run: pip install timm") from error
     _check_name("timm", name.split(".")[0], timm.list_models())
     return timm.create_model(name, pretrained=False)
 

@@ -10,7 +10,7 @@ What a gate's choice means, for the engine too:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -29,6 +29,9 @@ GATE_COST = 0.01
 
 Active = Mapping[str, Sequence[Sequence[int]]]
 """Given choices: site name to one ascending list of active group indices per sample."""
+
+Choice = Callable[[Site, Tensor, int], Tensor | None]
+"""See `Masking`."""
 
 
 class Attachment:
@@ -75,28 +78,38 @@ class Attachment:
             return self.model(*args, **(kwargs or {})), {}
         if active is not None:
             check_site_names(self.sites, active)
-        masking = _Masking(self, level, active)
+        masking = Masking(self, _given(active) if active is not None else self._gated(level))
         return self.visit(masking, args, kwargs), masking.masks
 
     def visit(self, visitor: Visitor, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
         """Returns the model's output of a call in which `visitor` acts at every site; see `Hooks.visit`."""
         return self._hooks.visit(visitor, args, kwargs)
 
+    def _gated(self, level: float) -> Choice:
+        return lambda site, x, channel_dim: self.gate(site.name).mask(pool(x, channel_dim), level)
 
-class _Masking(Visitor):
-    """Applies the gates' choice at a level, or a given one."""
 
-    def __init__(self, attachment: Attachment, level: float, active: Active | None):
+class Masking(Visitor):
+    """Masks channels and branches as `choose` says.
+
+    Args:
+        attachment: gives the gates' compensation.
+        choose: called with a site, the input of its gate and that tensor's channel dimension; returns the mask (N, num_groups), or
+            None to run the site whole.
+
+    Attributes:
+        masks: site name to its mask in this call.
+    """
+
+    def __init__(self, attachment: Attachment, choose: Choice):
         self.attachment = attachment
-        self.level = level
-        self.active = active
+        self.choose = choose
         self.masks: dict[str, Tensor] = {}
 
     def gate_input(self, site: Site, x: Tensor, channel_dim: int) -> None:
-        if self.active is None:
-            self.masks[site.name] = self.attachment.gate(site.name).mask(pool(x, channel_dim), self.level)
-        elif site.name in self.active:
-            self.masks[site.name] = active_mask(site, self.active[site.name], x.shape[0]).to(x.device)
+        mask = self.choose(site, x, channel_dim)
+        if mask is not None:
+            self.masks[site.name] = mask
 
     def consumer_input(self, site: Site, index: int, x: Tensor, channel_dim: int) -> Tensor:
         if site.name not in self.masks:
@@ -140,6 +153,13 @@ def make_gate(model: nn.Module, site: Site) -> Gate:
         num_channels=site.num_channels,
         num_consumers=len(site.consumers),
     )
+
+
+def _given(active: Active) -> Choice:
+    def choose(site: Site, x: Tensor, channel_dim: int) -> Tensor | None:
+        return active_mask(site, active[site.name], x.shape[0]).to(x.device) if site.name in active else None
+
+    return choose
 
 
 def active_mask(site: Site, lists: Sequence[Sequence[int]], batch: int) -> Tensor:

@@ -96,7 +96,9 @@ class Gate(nn.Module):
         """Replaces the thresholds by `curve` (levels,), made non-decreasing by a running maximum."""
         if curve.dim() != 1 or len(curve) < 2 or not torch.isfinite(curve).all():
             raise InputError(f"`curve` must hold two or more finite thresholds, got {curve}.")
-        self.curve = torch.cummax(curve.detach().to(self.curve), 0).values
+        if curve.shape != self.curve.shape:
+            self.curve = self.curve.new_empty(curve.shape)
+        self.curve.copy_(torch.cummax(curve.detach().to(self.curve), 0).values)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         curve = state_dict.get(prefix + "curve")
@@ -114,8 +116,8 @@ class ChannelGate(Gate):
         num_consumers: how many modules read the space.
 
     Attributes:
-        channel_means: f32 buffer (num_consumers, num_channels), the mean of each channel as each consumer sees it.
-        compensated: bool buffer (num_consumers,), whether a consumer's output gets the share that a skipped channel has at its mean.
+        channel_means: f32 buffer (num_consumers, num_channels), what each channel is, on average, for each consumer when skipped.
+        compensated: bool buffer (num_consumers,), whether a consumer's output gets what skipped channels would add at these means.
     """
 
     def __init__(

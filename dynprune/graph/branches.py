@@ -17,7 +17,8 @@ class Branch:
 
     Attributes:
         add: the addition.
-        x: the only value from outside that the branch reads.
+        x: the value from outside that the branch reads and the other operand is, or is computed from. The branch may read others
+            too, such as an attention mask.
         nodes: every node that runs for the branch alone, in execution order.
         mask_output: path of the module whose output the branch's value is a multiple of, or "" if there is none.
     """
@@ -37,14 +38,12 @@ def find_branches(graph: Graph, macs: dict[str, int]) -> tuple[list[Branch], lis
         if add.op != "add" or not _adds_two_values(add):
             continue
         sides = [_exclusive(value, add, outputs) for value in add.inputs]
-        sources = [_sources(nodes) or {value} for nodes, value in zip(sides, add.inputs, strict=True)]
         weights = [sum(macs.get(node.name, 0) for node in nodes if node.op in MIXING) for nodes in sides]
         side = weights.index(max(weights))
         if not weights[side]:
             continue
-        other = 1 - side
-        x = next(iter(sources[side]))
-        if len(sources[side]) == 1 and _reads(add.inputs[other], x, order):
+        x = _shared_source(_sources(sides[side]), add.inputs[1 - side], order)
+        if x is not None:
             nodes = tuple(sorted(sides[side], key=order.__getitem__))
             branches.append(Branch(add, x, nodes, _mask_output(add.inputs[side], add, sides[side], graph)))
         else:
@@ -79,8 +78,16 @@ def _sources(inside: set[Node]) -> set[Node]:
     return {value for value in read - inside if value.varies and value.shape is not None}
 
 
+def _shared_source(sources: set[Node], other: Node, order: dict[Node, int]) -> Node | None:
+    """Returns the one value of `sources` that the other operand is, or else is computed from; None where there is not just one."""
+    if other in sources:
+        return other
+    shared = [value for value in sources if _reads(other, value, order)]
+    return shared[0] if len(shared) == 1 else None
+
+
 def _reads(node: Node, x: Node, order: dict[Node, int]) -> bool:
-    """Whether `node` is `x` or is computed from it."""
+    """Whether `node` is computed from `x`."""
     seen, pending = set(), [node]
     while pending:
         node = pending.pop()

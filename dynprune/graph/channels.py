@@ -26,7 +26,8 @@ POOLING = frozenset({"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "ad
 BINARY = frozenset({"add", "sub", "rsub", "mul", "div", "maximum", "minimum"})
 MOVES = frozenset({"permute", "transpose", "flatten", "unflatten", "reshape", "squeeze", "unsqueeze"})
 """Operations that only rename dimensions; they keep a space where they keep its channels whole."""
-PER_CHANNEL = UNARY | POOLING | BINARY | MOVES | {"batch_norm", "mean", "pow", "pad", "constant_pad_nd"}
+PADDING = frozenset({"pad", "constant_pad_nd"})
+PER_CHANNEL = UNARY | POOLING | BINARY | MOVES | PADDING | {"batch_norm", "mean", "pow"}
 """Every operation that can hand a channel space on; a depthwise conv1d or conv2d does so too."""
 MIXING = frozenset({"conv1d", "conv2d", "linear"})
 
@@ -86,15 +87,23 @@ class ChannelTrace:
         self.spaces = tuple(space for i, space in enumerate(self._spaces) if self._find(i) == i and space.producers)
 
     def channel_dim(self, node: Node) -> int | None:
-        """Returns the dimension of a node's value that holds channels, counted from the front; None where that is not known."""
-        layout = self._layouts.get(node)
-        if layout is not None and layout.repeat == 1:
-            return layout.dim
-        for user in node.users:
-            if user.op in ("conv1d", "conv2d", "batch_norm"):
-                return 1
-            if user.op in ("linear", "layer_norm"):
-                return len(node.shape) - 1
+        """Returns the dimension of a node's value that holds channels, counted from the front; None where that is not known.
+
+        Where no layer above tells, the first layer below does that the value reaches through elementwise operations.
+        """
+        pending, seen = [node], set()
+        for value in pending:
+            layout = self._layouts.get(value)
+            if layout is not None and layout.repeat == 1:
+                return layout.dim
+            for user in value.users:
+                if user.op in ("conv1d", "conv2d", "batch_norm"):
+                    return 1
+                if user.op in ("linear", "layer_norm"):
+                    return len(node.shape) - 1
+                if user.op in UNARY | BINARY and user.shape == node.shape and user not in seen:
+                    seen.add(user)
+                    pending.append(user)
         return None
 
     def _find(self, space: int) -> int:
@@ -182,8 +191,9 @@ class ChannelTrace:
 
     def _hand_on(self, node: Node, x: Node, layout: Layout) -> Layout | None:
         """Returns the layout after an operation that treats channels apart; None if this one does not."""
-        if node.op in UNARY or (node.op == "pow" and node.arguments.get("exponent") == 2):
-            return layout if all(value is x or not value.varies for value in node.inputs) else None
+        if node.op in UNARY or node.op == "pow":
+            plain = all(value is x or not value.varies for value in node.inputs) and node.arguments.get("exponent", 2) == 2
+            return layout if plain else None
         if node.op in MOVES:
             return _moved(node, x, layout)
         if layout.repeat != 1:
@@ -191,13 +201,11 @@ class ChannelTrace:
         if node.op == "batch_norm":
             running = layout.dim == 1 and not node.arguments["training"] and node.arguments["running_mean"] is not None
             return layout if running else None
-        if node.op == "pow":
-            return None
         if node.op in POOLING:
             return layout if layout.dim == 1 and len(x.shape) == (4 if "2d" in node.op else 3) else None
         if node.op == "mean":
             return _after_mean(node, x, layout)
-        return layout if _pads_for_conv(node, layout) else None
+        return layout if node.op in PADDING and _pads_for_conv(node, layout) else None
 
 
 def _why_blocked(node: Node) -> str:

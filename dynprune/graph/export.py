@@ -151,9 +151,12 @@ def _results(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
-    """Returns a copy that can be rewritten; attributes are still read from the same module."""
+    """Returns a copy that can be rewritten; attributes are still read from the same module, and the nodes keep their names."""
     copy = fx.Graph(graph.owning_module)
-    copy.output(copy.graph_copy(graph, {}))
+    copies: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, copies))
+    for node, twin in copies.items():
+        twin.name = node.name  # fx renames a copy that is called like a Python builtin, such as "input"
     return copy
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dynprune.errors import InputError
 from dynprune.graph.branches import find_branches, is_within
 from dynprune.graph.capture import Graph, Node
-from dynprune.graph.channels import MIXING, ChannelTrace
+from dynprune.graph.channels import MIXING, PADDING, ChannelTrace
 from dynprune.graph.macs import count_macs
 
 MIN_MACS_SHARE = 0.002
@@ -182,7 +182,7 @@ def _module_problem(node: Node, graph: Graph) -> str | None:
         return f"{name} is a functional {node.op}, not a module with a weight of its own"
     if len(a["weight"].users) > 1 or graph.call_counts.get(path) != 1:
         return f"{name} runs more than once in a call, or shares its weight"
-    source = a["input"].args[0] if a["input"].op in ("pad", "constant_pad_nd") else a["input"]
+    source = a["input"].args[0] if a["input"].op in PADDING else a["input"]
     if any(is_within(other.module_path, path) for other in (source, *node.users)):
         return f"{name} does more than its {node.op}"
     return None
@@ -191,10 +191,7 @@ def _module_problem(node: Node, graph: Graph) -> str | None:
 def _branch_sites(graph: Graph, macs: dict[str, int], total: int) -> tuple[list[Site], list[Ungated]]:
     branches, refused = find_branches(graph, macs)
     trace = ChannelTrace(graph)
-    ungated = [
-        Ungated(add.module_path or add.name, "the addition has no branch that is computed from the other operand's source alone")
-        for add in refused
-    ]
+    ungated = [Ungated(add.module_path or add.name, "neither operand is a branch of what the other is computed from") for add in refused]
     sites, names = [], set()
     for branch in branches:
         place = branch.add.module_path

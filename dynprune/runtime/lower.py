@@ -56,7 +56,7 @@ def _enter_input(draft: Draft, node: Node) -> View:
     """Gives an input of the model its buffer and its value, and returns where it lies."""
     has_batch = bool(node.shape) and node.shape[0] == BATCH
     sizes = node.shape[1:] if has_batch else node.shape
-    view = View(draft.new_buffer(node.name, prod(sizes), "input"), 0, sizes, dense_strides(sizes), 0 if has_batch else -1)
+    view = View(draft.new_buffer(node.name, prod(sizes), "input"), 0, sizes, dense_strides(sizes))
     readable = has_batch and draft.graph.dynamic_batch and node.dtype == torch.float32
     draft.values[node] = EngineValue(view) if readable else TorchValue(None)
     return view

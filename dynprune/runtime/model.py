@@ -368,6 +368,8 @@ class DynamicModel(nn.Module):
         self.attachment = Attachment(self.model, session.sites.sites, self.gates, session.graph)
         self._sites = {site.name: site for site in self.attachment.sites}
         session.sites = sites_in_common(session.sites, self._sites)
+        honoured = {site.name for site in session.plan.sites}
+        self._sites = {name: site for name, site in self._sites.items() if name in honoured}
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         for name in self._sites:
             self.gates[gate_key(name)] = gates[name].to(device).train(self.training)
@@ -419,7 +421,7 @@ class DynamicModel(nn.Module):
         missed = False
         if self._controller is not None and level is not None:
             missed = latency_ms > self._controller.budget_ms
-            self._controller.observe(latency_ms, execution.predicted_ms, level=level, work=float(batch))
+            self._controller.observe(latency_ms, execution.predicted_ms, level=level, work=float(batch), guarded=execution.guard_actions > 0)
         names, totals = session.site_rows
         self._recorder.add(
             samples=batch,

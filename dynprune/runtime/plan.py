@@ -64,7 +64,7 @@ class Step:
         in_site, out_site: index into `Plan.sites` of the site whose active list the rows of inputs/output follow, or -1.
         branches: indices of the branch sites that skip this step.
         macs: multiply-adds of one sample when everything runs.
-        nodes: names of the graph nodes it computes.
+        nodes: names of the graph nodes it computes; none for a "copy", "fill", "gate" or the "mean" before a gate.
         torch_call: for "torch": what the engine calls; see `TorchCall`.
     """
 

@@ -53,7 +53,15 @@ def depthwise(isa, x, weight, bias, shape, *, lists=None, activation=None, num_t
     rows = compact(x.reshape(*x.shape[:2], -1), lists)
     constants = {"weight": weight.reshape(channels, -1), "bias": bias}
     got = run_step(
-        isa, "depthwise", [rows], (channels, out_h * out_w), lists=lists, ints=ints, floats=floats, constants=constants, num_threads=num_threads
+        isa,
+        "depthwise",
+        [rows],
+        (channels, out_h * out_w),
+        lists=lists,
+        ints=ints,
+        floats=floats,
+        constants=constants,
+        num_threads=num_threads,
     )
     y = F.conv2d(
         *(torch.from_numpy(a).double() for a in (x, weight, bias)), stride=stride, padding=padding, dilation=dilation, groups=channels

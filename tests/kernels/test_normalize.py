@@ -86,7 +86,11 @@ def test_softmax_of_special_values(isa, axis):
     [
         ("softmax", {"ints": {"axis": [2]}}, "axis must be 0"),
         ("layer_norm", {"ints": {"axis": [0]}}, "needs floats 'eps'"),
-        ("layer_norm", {"ints": {"axis": [0]}, "floats": {"eps": [1e-5]}, "constants": {"weight": np.ones(16, np.float32)}}, r"must be \[2\]"),
+        (
+            "layer_norm",
+            {"ints": {"axis": [0]}, "floats": {"eps": [1e-5]}, "constants": {"weight": np.ones(16, np.float32)}},
+            r"must be \[2\]",
+        ),
     ],
     ids=["axis", "eps", "weight"],
 )

@@ -122,9 +122,7 @@ def test_mean_of_gated_rows(isa, kind, scatter):
     x = np.random.default_rng(4).standard_normal((3, 33, 20), dtype=np.float32)
     lists = active_lists(kind, 33, 3, np.random.default_rng(5))
     means = x.astype(np.float64).mean(-1, keepdims=True)
-    got = run_step(
-        isa, "mean", [compact(x, lists)], (33, 1), lists=lists, gated="in" if scatter else "both", ints={"scatter": [scatter]}
-    )
+    got = run_step(isa, "mean", [compact(x, lists)], (33, 1), lists=lists, gated="in" if scatter else "both", ints={"scatter": [scatter]})
     if scatter:
         want = np.zeros_like(means)
         for sample, active in enumerate(lists):

@@ -31,8 +31,8 @@ class ConvOp final : public Op, public Compensated {
     bias_ = reader.constant("bias", {shape_.out_channels});
     activation_ = reader.activation();
     tiles_ = make_tiles(shape_.positions(), kernels.lanes, kernels.gemm_max_vectors);
-    patches_ = make_patch_map(shape_, tiles_, kernels.lanes);
-    grid_ = make_chunk_grid(shape_, static_cast<int64_t>(tiles_.size()), kernels.lanes, num_threads);
+    patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_.in_arena);
+    grid_ = make_chunk_grid(shape_, tiles_, patches_.cycles_per_k, num_threads);
     for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) offsets_.push_back(static_cast<int32_t>(i));
     for (int64_t part = 0; part < grid_.position_parts; ++part) {
       max_width_ = std::max(max_width_, chunk_width(part_of(tile_count(), part, grid_.position_parts)));
@@ -154,14 +154,37 @@ class ConvOp final : public Op, public Compensated {
       int64_t lane = 0;
       for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
         const int64_t width = tiles_[t].vectors * kernels_.lanes;
-        kernels_.pack_patches({planes, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.segments.data(),
-                               patches_.taps.data() + t * taps, shape_.stride_x, panel, width});
+        const Panel patches = pack(planes, t, k, panel);
         kernels_.gather_gemm({rows.end - rows.begin, k.end - k.begin, width, weight_, shape_.group_inputs() * taps,
-                              chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, weight_offset, panel, width,
-                              sums + (rows.begin - chunk.rows.begin) * chunk.width + lane, chunk.width, block > 0});
+                              chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, weight_offset, patches.data,
+                              patches.stride, sums + (rows.begin - chunk.rows.begin) * chunk.width + lane, chunk.width, block > 0});
         lane += width;
       }
     }
+  }
+
+  struct Panel {
+    const float* data;
+    int64_t stride;
+  };
+
+  // The patches of tile t for the reduction indices k, packed into `panel` unless the planes themselves will do.
+  Panel pack(const float* planes, int64_t t, Range k, float* panel) const {
+    const int64_t taps = shape_.taps();
+    const int64_t width = tiles_[t].vectors * kernels_.lanes;
+    switch (patches_.packing) {
+      case Packing::kDirect:
+        return {planes + k.begin * x_.row_stride + tiles_[t].first, x_.row_stride};
+      case Packing::kShifted:
+        kernels_.pack_shifted({planes + tiles_[t].first, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.shifts.data(),
+                               patches_.masks.data() + patches_.first_mask[t], panel, tiles_[t].vectors});
+        break;
+      case Packing::kSegments:
+        kernels_.pack_patches({planes, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.segments.data(),
+                               patches_.taps.data() + t * taps, shape_.stride_x, panel, width});
+        break;
+    }
+    return {panel, width};
   }
 
   // weight_offset[k] of reduction index k: channel within the group times taps, plus tap.

@@ -41,8 +41,9 @@ std::vector<PositionTile> make_tiles(int64_t positions, int lanes, int max_vecto
   return tiles;
 }
 
-PatchMap make_patch_map(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes) {
-  PatchMap map;
+namespace {
+
+void add_segments(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes, PatchMap& map) {
   map.taps.reserve(tiles.size() * shape.taps());
   for (const PositionTile& tile : tiles) {
     for (int64_t r = 0; r < shape.kernel_height; ++r) {
@@ -76,23 +77,78 @@ PatchMap make_patch_map(const ConvShape& shape, const std::vector<PositionTile>&
       }
     }
   }
+}
+
+void add_shifts(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes, PatchMap& map) {
+  for (int64_t r = 0; r < shape.kernel_height; ++r) {
+    for (int64_t s = 0; s < shape.kernel_width; ++s) {
+      const int64_t shift = (r * shape.dilation_y - shape.pad_top) * shape.in_width + s * shape.dilation_x - shape.pad_left;
+      map.shifts.push_back(static_cast<int32_t>(shift));
+    }
+  }
+  for (const PositionTile& tile : tiles) {
+    map.first_mask.push_back(static_cast<int64_t>(map.masks.size()));
+    for (int64_t r = 0; r < shape.kernel_height; ++r) {
+      for (int64_t s = 0; s < shape.kernel_width; ++s) {
+        for (int64_t v = 0; v < tile.vectors; ++v) {
+          uint32_t mask = 0;
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            const int64_t p = tile.first + v * lanes + lane;
+            const int64_t y = p / shape.out_width + r * shape.dilation_y - shape.pad_top;
+            const int64_t x = p % shape.out_width + s * shape.dilation_x - shape.pad_left;
+            const bool inside = p < tile.first + tile.count && y >= 0 && y < shape.in_height && x >= 0 && x < shape.in_width;
+            mask |= inside ? uint32_t{1} << lane : 0;
+          }
+          map.masks.push_back(mask);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+PatchMap make_patch_map(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes, bool may_read_past_end) {
+  // Wider rows than this lie on a page each, and packing them once costs less than the translations of every pass.
+  constexpr int64_t kMaxDirectPositions = 1024;
+  PatchMap map;
+  const bool stride_1 = shape.stride_x == 1 && shape.stride_y == 1;
+  const auto num_tiles = static_cast<double>(tiles.size());
+  if (shape.taps() == 1 && stride_1 && shape.in_positions() == shape.positions() && may_read_past_end &&
+      shape.positions() <= kMaxDirectPositions && shape.pad_top == 0 && shape.pad_left == 0) {
+    map.packing = Packing::kDirect;
+  } else if (stride_1 && shape.in_width == shape.out_width && lanes <= 32) {
+    map.packing = Packing::kShifted;
+    add_shifts(shape, tiles, lanes, map);
+    map.cycles_per_k = 2.5 * static_cast<double>(map.masks.size()) / static_cast<double>(shape.taps()) / num_tiles;
+  } else {
+    add_segments(shape, tiles, lanes, map);
+    map.cycles_per_k = 10.0 * static_cast<double>(map.segments.size()) / static_cast<double>(shape.taps()) / num_tiles;
+  }
   return map;
 }
 
-ChunkGrid make_chunk_grid(const ConvShape& shape, int64_t tiles, int lanes, int num_threads) {
+ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile>& tiles, double pack_cycles_per_k, int num_threads) {
   // A chunk of about 3 million multiply-adds takes 50 us at 60 G multiply-adds a second; a chunk late by that much is bearable.
   constexpr int64_t kChunkMacs = 3'000'000;
-  // Fewer rows than this and packing the patches again for each part of the rows costs more than the part saves.
-  constexpr int64_t kMinRows = 32;
-  // The results of a chunk lie in scratch until they are committed; this many floats stay in a second-level cache.
-  constexpr int64_t kMaxResults = 48 * 1024;
+  // The results of a chunk lie in scratch until they are committed; this many vectors of 16 stay in a second-level cache.
+  constexpr int64_t kMaxResultVectors = 3 * 1024;
+  // Each part of the rows packs the patches again; that may take this share of its time, and rows come in tiles.
+  constexpr double kPackShare = 0.06;
+  constexpr double kMinRows = 24.0;
+  const auto num_tiles = static_cast<int64_t>(tiles.size());
   const int64_t macs = shape.out_channels * shape.group_inputs() * shape.taps() * shape.positions();
   int64_t wanted = std::max<int64_t>(1, macs / kChunkMacs);
-  if (num_threads > 1 && macs > kChunkMacs / 4) wanted = std::max<int64_t>(wanted, 4 * num_threads);
-  const int64_t by_results = (shape.out_channels * tiles * 4 * lanes + kMaxResults - 1) / kMaxResults;
-  wanted = std::max(wanted, by_results);
-  ChunkGrid grid{std::min(tiles, wanted), 1};
-  const int64_t max_row_parts = std::max<int64_t>(1, shape.out_channels / kMinRows);
+  const bool shared = num_threads > 1 && macs > kChunkMacs / 4;
+  if (shared) wanted = std::max<int64_t>(wanted, 4 * num_threads);
+  int64_t vectors = 0;
+  for (const PositionTile& tile : tiles) vectors += tile.vectors;
+  wanted = std::max(wanted, (shape.out_channels * vectors + kMaxResultVectors - 1) / kMaxResultVectors);
+  ChunkGrid grid{std::min(num_tiles, wanted), 1};
+  const double rows_worth = std::max(kMinRows, pack_cycles_per_k * static_cast<double>(num_tiles) / (kPackShare * static_cast<double>(vectors)));
+  auto max_row_parts = static_cast<int64_t>(static_cast<double>(shape.out_channels) / rows_worth);
+  if (shared) max_row_parts = std::max(max_row_parts, (2 * num_threads + grid.position_parts - 1) / grid.position_parts);
+  max_row_parts = std::clamp<int64_t>(max_row_parts, 1, shape.out_channels);
   grid.row_parts = std::min(max_row_parts, (wanted + grid.position_parts - 1) / grid.position_parts);
   return grid;
 }

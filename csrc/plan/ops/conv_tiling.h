@@ -39,18 +39,30 @@ struct PositionTile {
 // Cuts `positions` into tiles of at most `max_vectors` vectors whose widths differ by one vector at most.
 std::vector<PositionTile> make_tiles(int64_t positions, int lanes, int max_vectors);
 
-// The segments of every tap of every tile.
-struct PatchMap {
-  std::vector<Segment> segments;
-  std::vector<TapSegments> taps;  // [tile][tap]
+// How patches come to the product.
+enum class Packing {
+  kDirect,    // 1x1 over small planes: the planes themselves are the panel
+  kShifted,   // output as wide as the input, stride 1: a tap is the plane moved by a constant, masked at the border
+  kSegments,  // anything: runs of each image row, one by one
 };
-PatchMap make_patch_map(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes);
+
+// Where the patches of every tap of every tile lie in a plane.
+struct PatchMap {
+  Packing packing = Packing::kSegments;
+  std::vector<int32_t> shifts;        // kShifted: [tap]
+  std::vector<uint32_t> masks;        // kShifted: [tile][tap][vector]
+  std::vector<int64_t> first_mask;    // kShifted: [tile]
+  std::vector<Segment> segments;      // kSegments
+  std::vector<TapSegments> taps;      // kSegments: [tile][tap]
+  double cycles_per_k = 0.0;          // estimated cost of one panel row of a tile, in cycles
+};
+PatchMap make_patch_map(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes, bool may_read_past_end);
 
 // The chunks of one sample: `position_parts` x `row_parts`.
 struct ChunkGrid {
   int64_t position_parts;
   int64_t row_parts;
 };
-ChunkGrid make_chunk_grid(const ConvShape& shape, int64_t tiles, int lanes, int num_threads);
+ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile>& tiles, double pack_cycles_per_k, int num_threads);
 
 }  // namespace dynprune

@@ -20,19 +20,21 @@ class DepthwiseOp final : public BlockOp {
     limits.unit = shape.out_width;
     limits.total_ns = 0.5 * vectors * static_cast<double>(shape.taps() + 4 * shape.stride_x * shape.stride_y);
     cut(limits, spec_.out_site, num_threads);
-    reserve_extra(map_.rows_seen(max_block_positions() / shape.out_width) * map_.lines().stride);
+    zeros_ = (shape.in_width + 15) / 16 * 16;
+    reserve_extra(zeros_ + map_.rows_seen(max_block_positions() / shape.out_width) * map_.lines().stride);
   }
 
  protected:
-  void compute_block(const RunView& run, int64_t sample, const Block& block, float* out, float* packed) const override {
+  void compute_block(const RunView& run, int64_t sample, const Block& block, float* out, float* extra) const override {
     const ConvShape& shape = map_.shape();
+    std::fill_n(extra, zeros_, 0.0f);
     const int64_t first_row = block.positions.begin / shape.out_width;
     const int64_t num_rows = block.positions.end / shape.out_width - first_row;
     for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
       const int64_t channel = block.index != nullptr ? block.index[i] : i;
       kernels_.depthwise({&map_.window(), &map_.lines(), run.row(spec_.inputs[0], sample, i), first_row, num_rows,
-                          weight_ + channel * shape.taps(), bias_[channel], clamp_.low, clamp_.high, packed,
-                          out + (i - block.rows.begin) * block.stride});
+                          weight_ + channel * shape.taps(), bias_[channel], clamp_.low, clamp_.high, extra,
+                          extra + zeros_, out + (i - block.rows.begin) * block.stride});
     }
     clamp_.apply_rest(kernels_, out, (block.rows.end - block.rows.begin) * block.stride);
   }
@@ -42,6 +44,7 @@ class DepthwiseOp final : public BlockOp {
   FusedClamp clamp_;
   const float* weight_;
   const float* bias_;
+  int64_t zeros_;  // floats of the row of zeros at the start of the extra scratch
 };
 
 }  // namespace

@@ -20,7 +20,11 @@ from dynprune.runtime.plan import Buffer, Plan, PlanSite, Rows, Step, TorchCall,
 
 def settle_outputs(draft: Draft) -> list[Any]:
     """Returns where each output of the model lies; copies those that are no memory of their own, so that no run overwrites them."""
-    return [_settle(draft, output) if isinstance(output, Node) else output for output in draft.graph.outputs]
+    places: dict[Any, Any] = {}
+    for output in draft.graph.outputs:
+        if isinstance(output, Node) and output not in places:
+            places[output] = _settle(draft, output)
+    return [places[output] if isinstance(output, Node) else output for output in draft.graph.outputs]
 
 
 def _settle(draft: Draft, node: Node) -> View | Value:
@@ -35,11 +39,13 @@ def _settle(draft: Draft, node: Node) -> View | Value:
     draft.drop(value.site, f"'{node.name}' is returned by the model")
     view = value.view
     buffer = draft.buffers[view.buffer]
-    owned = buffer.kind in ("arena", "output") and buffer.parent < 0 and views.is_whole(view, buffer.size)
-    if owned and views.collapse(view.sizes, view.strides) in ((buffer.size, 1), (1, 1)):
+    contiguous = views.is_whole(view, buffer.size) and views.collapse(view.sizes, view.strides) in ((buffer.size, 1), (1, 1))
+    if buffer.kind == "arena" and buffer.parent < 0 and contiguous and view.batch_dim == 0:
         buffer.kind = "output"
         return view
-    result = draft.new_view(node, view.sizes, None, view.batch_dim)
+    if view.batch_dim != 0:
+        return _cloned(draft, node, view)
+    result = draft.new_view(node, view.sizes)
     try:
         draft.copy(node, value, result)
     except NotOnEngine:
@@ -51,7 +57,7 @@ def _settle(draft: Draft, node: Node) -> View | Value:
 def _cloned(draft: Draft, node: Node, value: Any) -> Value:
     """Adds a step in which PyTorch copies `value`, and returns the copy."""
     name = f"{node.name}_output"
-    step = DraftStep("torch", node.module_path or node.name, nodes=[node.name])
+    step = DraftStep("torch", node.module_path or node.name, nodes=[name])
     step.call = TorchCall(torch.ops.aten.clone.default, (value,), {}, name)
     draft.steps.append(step)
     return Value(name)

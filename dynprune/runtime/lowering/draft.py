@@ -20,6 +20,7 @@ from dynprune.runtime.lowering.values import (
     DraftStep,
     DraftValue,
     EngineValue,
+    MergedValue,
     NotOnEngine,
     PaddedValue,
     TorchValue,
@@ -101,9 +102,14 @@ class Draft:
         elif isinstance(value, PaddedValue):
             value = self.pad(node, self.engine(value.source), ((0, 0), (value.top, value.bottom), (value.left, value.right)), 0.0)
         if not isinstance(value, EngineValue):
-            raise NotOnEngine("several values")
+            raise NotOnEngine("several values, or a batch that is mixed with other dimensions")
         self.values[node] = value
         return value
+
+    def apart(self, node: Any, order: Sequence[int] | None = None) -> EngineValue:
+        """Returns `engine(node)`, or, where the batch shares a dimension with a neighbour, the value with the two apart."""
+        value = self.values.get(node) if isinstance(node, Node) else None
+        return value.base if isinstance(value, MergedValue) else self.engine(node, order)
 
     def _store(self, node: Node, value: TorchValue, order: Sequence[int] | None) -> EngineValue:
         if value.step is None or node.shape[0] != BATCH or None in node.shape:
@@ -153,9 +159,10 @@ class Draft:
 
     def planar(self, node: Node, row_dim: int) -> tuple[Rows, EngineValue]:
         """Returns the node's value as rows along `row_dim` by positions along the other dimensions in order; copies it if need be."""
-        rank = len(node.shape) - 1
+        known = self.values[node]
+        rank = len(known.base.view.sizes) if isinstance(known, MergedValue) else len(node.shape) - 1
         order = (row_dim, *(d for d in range(rank) if d != row_dim))
-        value = self.engine(node, order)
+        value = self.apart(node, order)
         rows = views.as_rows(value.view, row_dim)
         if rows is None:
             value = self.relaid(node, order)
@@ -169,11 +176,12 @@ class Draft:
 
     def relaid(self, node: Node, order: Sequence[int]) -> EngineValue:
         """Copies the node's value into new memory nested in `order`; later readers take it from there."""
-        value = self.engine(node)
+        value, known = self.apart(node), self.values[node]
         view = self.new_view(node, value.view.sizes, order, value.view.batch_dim)
         self.copy(node, value, view)
-        self.values[node] = EngineValue(view, value.site)
-        return self.values[node]
+        copied = EngineValue(view, value.site)
+        self.values[node] = replace(known, base=copied) if isinstance(known, MergedValue) else copied
+        return copied
 
     def copy(self, node: Node, source: EngineValue, target: View) -> DraftStep:
         """Emits the step that writes `source` to `target`, a view of the same sizes."""
@@ -194,8 +202,7 @@ class Draft:
     def _copy_step(self, node: Node, inputs: list[Rows], target: View, ints: dict, constants: dict) -> DraftStep:
         if len(ints["sizes"]) > MAX_COPY_RANK:
             raise NotOnEngine(f"a copy over more than {MAX_COPY_RANK} dimensions")
-        step = DraftStep("copy", node.module_path or node.name, inputs, extent(target), ints, {}, constants)
-        step.branches, step.nodes = self.branches_of(node), [node.name]
+        step = DraftStep("copy", node.module_path or node.name, inputs, extent(target), ints, {}, constants, branches=self.branches_of(node))
         self.steps.append(step)
         return step
 
@@ -208,9 +215,8 @@ class Draft:
             part = views.sliced(part, dim, max(0, -before), part.sizes[dim] + min(0, before) + min(0, after))
             inner = views.sliced(inner, dim, max(0, before), part.sizes[dim])
         ints = {"sizes": [views.numel(view)], "out_strides": [1]}
-        step = DraftStep("fill", node.module_path or node.name, [], extent(view), ints, {"value": [fill]})
-        step.branches, step.nodes = self.branches_of(node), [node.name]
-        self.steps.append(step)
+        floats = {"value": [fill]}
+        self.steps.append(DraftStep("fill", node.module_path or node.name, [], extent(view), ints, floats, branches=self.branches_of(node)))
         self.copy(node, EngineValue(part, source.site), inner)
         return EngineValue(view, self.site_of(node))
 

@@ -49,7 +49,7 @@ class Gates:
 
     def _channel_dim(self, site: Site, first: Node, source: Node) -> int | None:
         """Returns which per-sample dimension of the gate's input holds the channels, or None."""
-        view = self._draft.engine(source).view
+        view = self._draft.apart(source).view
         readers = [first] if site.kind == "channels" else [user for user in source.users if user.name in site.nodes]
         rank = len(view.sizes) + 1
         last = any(reader.op in _CHANNELS_LAST for reader in readers)

@@ -20,7 +20,7 @@ from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft, as_array
 from dynprune.runtime.lowering.elementwise import scale_rows
 from dynprune.runtime.lowering.registry import lowers, pair
-from dynprune.runtime.lowering.values import EngineValue, NotOnEngine, PaddedValue
+from dynprune.runtime.lowering.values import EngineValue, MergedValue, NotOnEngine, PaddedValue
 from dynprune.runtime.plan import Rows
 
 
@@ -82,23 +82,25 @@ def _padding(padding: int | str | list[int], kernel: list[int], dilation: list[i
 
 
 @lowers("linear")
-def linear(draft: Draft, node: Node) -> EngineValue:
+def linear(draft: Draft, node: Node) -> EngineValue | MergedValue:
     weight, bias = _weight_and_bias(draft, node)
-    source = draft.engine(node.args[0], _channels_outermost(node.args[0])).view
-    tokens = prod(source.sizes[:-1])
-    if len(source.sizes) < 1 or weight.ndim != 2:
-        raise NotOnEngine("the batch is the feature dimension")
-    out_sizes = (*source.sizes[:-1], weight.shape[0])
+    source = draft.apart(node.args[0], _channels_outermost(node.args[0])).view
+    known, last = draft.values[node.args[0]], len(source.sizes) - 1
+    merged = known.first if isinstance(known, MergedValue) else None
+    if last < 0 or source.batch_dim == last + 1 or merged == last or weight.ndim != 2:
+        raise NotOnEngine("the batch is a part of the features")
+    out_sizes, tokens = (*source.sizes[:-1], weight.shape[0]), prod(source.sizes[:-1])
     if tokens == 1:
-        return _one_position(draft, node, node.args[0], weight, bias, out_sizes)
-    rows, x = draft.planar(node.args[0], len(source.sizes) - 1)
-    last = len(out_sizes) - 1
+        value = _one_position(draft, node, node.args[0], weight, bias, out_sizes)
+        return value if merged is None else MergedValue(value, merged)
+    rows, x = draft.planar(node.args[0], last)
     view = draft.new_view(node, out_sizes, (last, *range(last)), x.view.batch_dim)
     ints = {"in_size": [weight.shape[1], 1, tokens], "out_size": [weight.shape[0], 1, tokens], "kernel": [1, 1], "stride": [1, 1]}
     ints |= {"padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": [1]}
     output = Rows(view.buffer, 0, weight.shape[0], tokens, tokens)
     step = draft.emit("conv", node, [(rows, x)], output, ints=ints, constants={"weight": as_array(weight), "bias": bias})
-    return draft.written(node, view, step)
+    value = draft.written(node, view, step)
+    return value if merged is None else MergedValue(value, merged)
 
 
 def _channels_outermost(node: Node) -> tuple[int, ...]:
@@ -109,7 +111,7 @@ def _channels_outermost(node: Node) -> tuple[int, ...]:
 
 def _one_position(draft: Draft, node: Node, source: Node, weight: torch.Tensor, bias: np.ndarray, out_sizes: tuple[int, ...]) -> EngineValue:
     """Emits a matrix-vector product over all features of a sample, in the order of the weight's columns."""
-    x = draft.engine(source)
+    x = draft.apart(source)
     features = views.numel(x.view)
     if views.collapse(x.view.sizes, x.view.strides) not in ((features, 1), (1, 1)):
         x = draft.relaid(source, range(len(x.view.sizes)))

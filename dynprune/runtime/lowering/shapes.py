@@ -21,64 +21,89 @@ from dynprune.graph.capture import BATCH, Node
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.registry import dim_of_sample, lowers
-from dynprune.runtime.lowering.values import ConstantValue, EngineValue, ListValue, NotOnEngine, PaddedValue
+from dynprune.runtime.lowering.values import ConstantValue, EngineValue, ListValue, MergedValue, NotOnEngine, PaddedValue
 from dynprune.runtime.plan import View
 
 
-def _reordered(draft: Draft, node: Node, x: EngineValue, dims: list[int]) -> EngineValue:
-    """Returns the value with its dimensions, the batch among them, in the order `dims`."""
+def _reordered(draft: Draft, node: Node, dims: list[int]) -> EngineValue | MergedValue:
+    """Returns the first argument with its dimensions, the batch among them, in the order `dims`."""
+    x, known = draft.apart(node.args[0]), draft.values[node.args[0]]
+    merged = known.first if isinstance(known, MergedValue) else None
+    if merged is not None:  # in terms of the tensor in which batch and neighbour are apart
+        dims = [whole for d in dims for whole in ((d, d + 1) if d == merged else (d + (d > merged),))]
     batch = x.view.batch_dim
     sample = [dim_of_sample(d, len(dims), batch) for d in dims if d != batch]
-    return draft.viewed(node, x, replace(views.permuted(x.view, sample), batch_dim=dims.index(batch)))
+    value = draft.viewed(node, x, replace(views.permuted(x.view, sample), batch_dim=dims.index(batch)))
+    return value if merged is None else MergedValue(value, dims.index(merged))
+
+
+def _rank(node: Node) -> int:
+    if node.shape is None:
+        raise NotOnEngine("no tensor")
+    return len(node.shape)
 
 
 @lowers("permute")
-def permute(draft: Draft, node: Node) -> EngineValue:
-    x = draft.engine(node.args[0])
-    rank = len(x.view.sizes) + 1
-    return _reordered(draft, node, x, [d % rank for d in node.arguments["dims"]])
+def permute(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    rank = _rank(node)
+    return _reordered(draft, node, [d % rank for d in node.arguments["dims"]])
 
 
 @lowers("transpose", "swapaxes", "swapdims", "t")
-def transpose(draft: Draft, node: Node) -> EngineValue:
-    x = draft.engine(node.args[0])
-    dims = list(range(len(x.view.sizes) + 1))
+def transpose(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    dims = list(range(_rank(node)))
     first, second = node.args[1:] if node.op != "t" else (0, 1)
     dims[first], dims[second] = dims[second], dims[first]
-    return _reordered(draft, node, x, dims)
+    return _reordered(draft, node, dims)
 
 
 @lowers("movedim")
-def movedim(draft: Draft, node: Node) -> EngineValue:
-    x = draft.engine(node.args[0])
-    rank = len(x.view.sizes) + 1
+def movedim(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    rank = _rank(node)
     source, target = ([d % rank for d in ([dims] if isinstance(dims, int) else dims)] for dims in node.args[1:])
     order = [d for d in range(rank) if d not in source]
     for to, dim in sorted(zip(target, source)):
         order.insert(to, dim)
-    return _reordered(draft, node, x, order)
+    return _reordered(draft, node, order)
 
 
-@lowers("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
-def reshape(draft: Draft, node: Node) -> EngineValue:
-    x = draft.engine(node.args[0])
-    view, batch = x.view, _free_dim(node)
-    sizes = tuple(n for d, n in enumerate(node.shape) if d != batch)
-    if views.numel(view) != prod(sizes) or prod(view.sizes[: view.batch_dim]) != prod(sizes[:batch]):
-        raise NotOnEngine("the batch is mixed with other dimensions")
-    strides = views.reshape_strides(view.sizes, view.strides, sizes)
+@lowers("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+def reshape(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    x = draft.apart(node.args[0])
+    sizes, batch, merged = _sizes_apart(node, x.view)
+    strides = views.reshape_strides(x.view.sizes, x.view.strides, sizes)
     if strides is None:
-        x = draft.relaid(node.args[0], range(len(view.sizes)))
+        outermost, rank = views.memory_order(x.view)[0], len(x.view.sizes)
+        order = (outermost, *(d for d in range(rank) if d != outermost))
+        if views.reshape_strides(x.view.sizes, views.dense_strides(x.view.sizes, order), sizes) is None:
+            order = tuple(range(rank))
+        x = draft.relaid(node.args[0], order)
         strides = views.reshape_strides(x.view.sizes, x.view.strides, sizes)
-    return draft.viewed(node, x, replace(x.view, sizes=sizes, strides=strides, batch_dim=batch))
+    value = draft.viewed(node, x, replace(x.view, sizes=sizes, strides=strides, batch_dim=batch))
+    return value if merged is None else MergedValue(value, merged)
 
 
-def _free_dim(node: Node) -> int:
-    """Returns the one dimension of the node whose size is not a number."""
+def _sizes_apart(node: Node, view: View) -> tuple[tuple[int, ...], int, int | None]:
+    """Returns (per-sample sizes, batch_dim, None) of a reshape of `view`.
+
+    Where one dimension of the result is batch times k, the sizes have k apart and the third is the first of those two dimensions.
+    """
     free = [d for d, n in enumerate(node.shape or ()) if n is None or n == BATCH]
     if len(free) != 1:
         raise NotOnEngine("sizes that depend on the batch")
-    return free[0]
+    batch = free[0]
+    sizes = tuple(n for d, n in enumerate(node.shape) if d != batch)
+    before, old_before = prod(sizes[:batch]), prod(view.sizes[: view.batch_dim])
+    inner, rest = divmod(views.numel(view), prod(sizes))
+    if rest == 0 and inner == 1 and before == old_before:
+        return sizes, batch, None
+    apart = (*sizes[:batch], inner, *sizes[batch:])
+    if rest == 0 and inner > 1 and node.shape[batch] is None:
+        if before == old_before:
+            return apart, batch, batch
+        if before * inner == old_before:
+            return apart, batch + 1, batch
+    raise NotOnEngine("the batch is mixed with other dimensions")
 
 
 @lowers("slice", "narrow")
@@ -189,7 +214,8 @@ def pad(draft: Draft, node: Node) -> EngineValue | PaddedValue:
     if is_plane and not isinstance(draft.values[node.args[0]], PaddedValue):
         if all(user.op == "conv2d" and user.args[0] is node for user in node.users) and draft.uses[node] == len(node.users):
             draft.engine(node.args[0])
-            return PaddedValue(node.args[0], *borders[1], *borders[2])
+            (top, bottom), (left, right) = borders[1:]
+            return PaddedValue(node.args[0], top, left, bottom, right)
     x = draft.engine(node.args[0])
     if x.view.batch_dim != 0:
         raise NotOnEngine("the batch is not in front")

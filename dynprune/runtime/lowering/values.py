@@ -94,6 +94,19 @@ class ListValue:
 
 
 @dataclass(frozen=True, eq=False)
+class MergedValue:
+    """A value in whose tensor the batch shares one dimension with a neighbour, as (batch * heads) does.
+
+    Attributes:
+        base: the same value with the two apart.
+        first: the first of the two dimensions in the tensor of `base`; the second follows it.
+    """
+
+    base: EngineValue
+    first: int
+
+
+@dataclass(frozen=True, eq=False)
 class PaddedValue:
     """Zeros around the planes of `source`, not yet written: all users are convolutions and take them as their own padding."""
 
@@ -104,4 +117,4 @@ class PaddedValue:
     right: int
 
 
-DraftValue = EngineValue | TorchValue | ConstantValue | ListValue | PaddedValue
+DraftValue = EngineValue | TorchValue | ConstantValue | ListValue | MergedValue | PaddedValue

@@ -1,0 +1,311 @@
+// A chunk is a group of tiles by a part of the active rows. It transforms the tiles of every active input channel, then, a block of rows at
+// a time, multiplies (one product per element of a tile, with the same index lists) and transforms back; the plane rows that come out
+// stay in scratch, and commit adds bias and residual, activates and stores.
+#include "plan/ops/winograd.h"
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+
+#include "base/aligned_buffer.h"
+#include "plan/ops/factories.h"
+#include "plan/ops/spec_reader.h"
+
+namespace dynprune {
+namespace {
+
+constexpr int64_t kUnit = 8;  // output columns of a unit
+// Rows whose products lie in scratch before they are transformed back: 36 x 24 x 32 floats stay in a second-level cache, and 24 is
+// a multiple of the rows of the GEMM's narrow tiles.
+constexpr int64_t kBlockRows = 24;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t align(int64_t floats) { return divide_up(floats, 16) * 16; }
+// A stride of an odd number of cache lines, so that rows a power of two apart do not fall into one set of the cache.
+int64_t odd_lines(int64_t floats) { return (divide_up(floats, 16) | 1) * 16; }
+
+bool is_candidate(const ConvShape& s) {
+  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_y == 1 && s.stride_x == 1 && s.dilation_y == 1 && s.dilation_x == 1 &&
+         s.groups == 1;
+}
+
+// How the units of a plane fall into groups of lanes.
+struct Grouping {
+  int64_t units_per_row;  // of a tile row
+  int64_t units;
+  int64_t quantum;  // lanes are added in steps of a vector, or of a unit where that is more
+  int64_t quanta;
+
+  Grouping(const ConvShape& shape, int64_t tile, int lanes)
+      : units_per_row(divide_up(shape.out_width, kUnit)),
+        units(divide_up(shape.out_height, tile) * units_per_row),
+        quantum(std::max<int64_t>(lanes, kUnit / tile)),
+        quanta(divide_up(units, quantum * tile / kUnit)) {}
+};
+
+struct Run {  // positions [first, first + count) of the output plane, at `source` in a row of results
+  int64_t first, source, count;
+};
+
+struct Group {
+  std::vector<WinogradUnit> units;
+  std::vector<WinogradBand> bands;
+  std::vector<Run> runs;
+  int64_t width;
+  int64_t line_floats;
+  int64_t result_floats;
+};
+
+// The units [first, last) of the plane as one group of `width` lanes.
+Group make_group(const ConvShape& shape, int64_t tile, int64_t units_per_row, Range range, int64_t width) {
+  Group group{{}, {}, {}, width, 0, 0};
+  const int64_t origin = (range.begin / units_per_row) * tile * shape.out_width + (range.begin % units_per_row) * kUnit;
+  for (int64_t u = range.begin; u < range.end;) {
+    const int64_t row = u / units_per_row;
+    const int64_t end = std::min(range.end, (row + 1) * units_per_row);
+    const int64_t x = (u % units_per_row) * kUnit;
+    const int64_t y = row * tile;
+    const int64_t rows = std::min(tile, shape.out_height - y);
+    const int64_t columns = std::min((end - u) * kUnit, shape.out_width - x);
+    const int64_t in_columns = (end - u) * kUnit + 2;
+    group.bands.push_back({static_cast<int32_t>(y - shape.pad_top), static_cast<int32_t>(x - shape.pad_left),
+                           static_cast<int32_t>(in_columns), static_cast<int32_t>(group.line_floats)});
+    for (int64_t i = 0; u < end; ++u, ++i) {
+      group.units.push_back({static_cast<int32_t>(group.line_floats + i * kUnit),
+                             static_cast<int32_t>(y * shape.out_width + x + i * kUnit - origin),
+                             static_cast<int32_t>(std::min(kUnit, columns - i * kUnit)), static_cast<int32_t>(rows)});
+    }
+    group.line_floats += align(in_columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t first = (y + r) * shape.out_width + x;
+      if (!group.runs.empty() && group.runs.back().first + group.runs.back().count == first) {
+        group.runs.back().count += columns;
+      } else {
+        group.runs.push_back({first, first - origin, columns});
+      }
+    }
+  }
+  group.units.resize(divide_up(width * tile, kUnit), WinogradUnit{0, 0, 0, 0});
+  const Run& last = group.runs.back();
+  group.result_floats = last.source + last.count;
+  return group;
+}
+
+// The widest row of lanes a group may have, in vectors. Wide groups read the weights seldom, narrow ones keep the inputs near.
+int64_t max_group_vectors(const KernelTable& kernels) { return kernels.gemm_max_vectors; }
+
+// u[t * t] = G g G' in double precision for the points of kernels/winograd-inl.h.
+void transform_weight(int64_t tile, const float* g, float* u, int64_t stride) {
+  constexpr double kA = 0.75, kB = 1.5;
+  constexpr double kSmall[4][3] = {{-1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  double large[6][3] = {{1 / (kA * kA * kB * kB), 0, 0}, {}, {}, {}, {}, {0, 0, 1}};
+  const double points[4] = {kA, -kA, kB, -kB};
+  for (int i = 0; i < 4; ++i) {
+    const double other = i < 2 ? kB : kA;
+    const double scale = 1 / (2 * points[i] * points[i] * (points[i] * points[i] - other * other));
+    large[i + 1][0] = scale;
+    large[i + 1][1] = scale * points[i];
+    large[i + 1][2] = scale * points[i] * points[i];
+  }
+  const double(*matrix)[3] = tile == 2 ? kSmall : large;
+  const int64_t side = tile + 2;
+  for (int64_t i = 0; i < side; ++i) {
+    double row[3];
+    for (int s = 0; s < 3; ++s) row[s] = matrix[i][0] * g[s] + matrix[i][1] * g[3 + s] + matrix[i][2] * g[6 + s];
+    for (int64_t j = 0; j < side; ++j) {
+      u[(i * side + j) * stride] = static_cast<float>(row[0] * matrix[j][0] + row[1] * matrix[j][1] + row[2] * matrix[j][2]);
+    }
+  }
+}
+
+class WinogradOp final : public Op, public Compensated {
+ public:
+  WinogradOp(StepSpec step, const KernelTable& kernels, int num_threads, int64_t tile)
+      : Op(std::move(step)), kernels_(kernels), shape_(read_conv_shape(spec_)), tile_(tile), products_((tile + 2) * (tile + 2)) {
+    const SpecReader reader(spec_);
+    x_ = reader.input(0);
+    reader.check_rows("the input", x_, shape_.in_channels, shape_.in_positions());
+    reader.check_rows("the output", spec_.output, shape_.out_channels, shape_.positions());
+    reader.check(shape_.out_height + 2 == shape_.in_height + shape_.pad_top + shape_.pad_bottom &&
+                     shape_.out_width + 2 == shape_.in_width + shape_.pad_left + shape_.pad_right,
+                 "'out_size' must be 'in_size' plus padding less 2 for a 3x3 kernel");
+    if (spec_.inputs.size() > 1) {
+      reader.check(spec_.out_site < 0, "a residual needs an output that is not gated");
+      reader.check_rows("the residual", reader.input(1), shape_.out_channels, shape_.positions());
+    }
+    bias_ = reader.constant("bias", {shape_.out_channels});
+    activation_ = reader.activation();
+    make_weights(reader.constant("weight", {shape_.out_channels, shape_.in_channels * 9}));
+    make_groups();
+    choose_row_parts(num_threads);
+    identity_.resize(shape_.in_channels);
+    std::iota(identity_.begin(), identity_.end(), 0);
+  }
+
+  int64_t chunks_per_sample() const override { return static_cast<int64_t>(groups_.size()) * row_parts_; }
+
+  int64_t scratch_floats() const override { return lines_offset() + (tile_ + 2) * line_stride_; }
+
+  void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
+    const Chunk chunk = chunk_of(run, sample, part);
+    const Group& group = *chunk.group;
+    const int64_t count = std::min(run.num_active(spec_.in_site, sample, shape_.in_channels), shape_.in_channels);
+    float* inputs = scratch + inputs_offset();
+    const int64_t input_stride = odd_lines(count * group.width);
+    kernels_.winograd_input({tile_, count, run.row(x_, sample, 0), x_.row_stride, shape_.in_height, shape_.in_width, group.bands.data(),
+                             static_cast<int64_t>(group.bands.size()), group.units.data(), group.width, scratch + lines_offset(),
+                             line_stride_, inputs, input_stride});
+    float* sums = scratch + sums_offset();
+    const int64_t rows = chunk.rows.end - chunk.rows.begin;
+    const int64_t blocks = divide_up(rows, kBlockRows);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * kBlockRows;
+      const int64_t block_rows = std::min(kBlockRows, rows - first);
+      const int64_t sum_stride = odd_lines(block_rows * group.width);
+      const int64_t row = chunk.rows.begin + first;
+      for (int64_t e = 0; e < products_; ++e) {
+        kernels_.gather_gemm({block_rows, count, group.width, weights_.data() + e * shape_.out_channels * weight_stride_, weight_stride_,
+                              chunk.index != nullptr ? chunk.index + row : nullptr, row,
+                              spec_.in_site < 0 ? identity_.data() : run.active(spec_.in_site, sample).index, inputs + e * input_stride,
+                              group.width, sums + e * sum_stride, group.width, false});
+      }
+      kernels_.winograd_output({tile_, block_rows, sums, sum_stride, group.units.data(), group.width, scratch + first * result_stride_,
+                                result_stride_, shape_.out_width});
+    }
+    float* bias = scratch + bias_offset();
+    if (compensation_ != nullptr && spec_.in_site >= 0) {
+      kernels_.dot_rows({rows, shape_.in_channels, compensation_, shape_.in_channels,
+                         chunk.index != nullptr ? chunk.index + chunk.rows.begin : nullptr, chunk.rows.begin,
+                         run.active(spec_.in_site, sample).inactive, bias_, bias});
+    } else {
+      for (int64_t i = 0; i < rows; ++i) bias[i] = bias_[chunk.channel(chunk.rows.begin + i)];
+    }
+  }
+
+  void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
+    const Chunk chunk = chunk_of(run, sample, part);
+    const int64_t rows = chunk.rows.end - chunk.rows.begin;
+    if (rows == 0) return;
+    const bool has_residual = spec_.inputs.size() > 1;
+    for (const Run& out : chunk.group->runs) {
+      const float* residual = has_residual ? run.row(spec_.inputs[1], sample, chunk.rows.begin) + out.first : nullptr;
+      kernels_.epilogue({rows, out.count, scratch + out.source, result_stride_, scratch + bias_offset(), residual,
+                         has_residual ? spec_.inputs[1].row_stride : 0, run.row(spec_.output, sample, chunk.rows.begin) + out.first,
+                         spec_.output.row_stride, activation_});
+    }
+  }
+
+  void skip(const RunView& run, int64_t sample, int64_t part) const override {
+    if (spec_.inputs.size() < 2) return;
+    const Chunk chunk = chunk_of(run, sample, part);
+    const Rows& residual = spec_.inputs[1];
+    for (const Run& out : chunk.group->runs) {
+      kernels_.epilogue({chunk.rows.end - chunk.rows.begin, out.count, run.row(residual, sample, chunk.rows.begin) + out.first,
+                         residual.row_stride, nullptr, nullptr, 0, run.row(spec_.output, sample, chunk.rows.begin) + out.first,
+                         spec_.output.row_stride, activation_});
+    }
+  }
+
+  bool hands_over() const override { return spec_.inputs.size() > 1; }
+
+  void set_compensation(const float* matrix) override { compensation_ = matrix; }
+  std::vector<int64_t> compensation_sizes() const override { return {shape_.out_channels, shape_.in_channels}; }
+
+ private:
+  struct Chunk {
+    const Group* group;
+    Range rows;            // among the active rows
+    const int32_t* index;  // of all active rows; nullptr: row i is channel i
+
+    int64_t channel(int64_t row) const { return index != nullptr ? index[row] : row; }
+  };
+
+  Chunk chunk_of(const RunView& run, int64_t sample, int64_t part) const {
+    const auto groups = static_cast<int64_t>(groups_.size());
+    const int64_t count = std::min(run.num_active(spec_.out_site, sample, shape_.out_channels), shape_.out_channels);
+    return {&groups_[part % groups], part_of(count, part / groups, row_parts_),
+            spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index};
+  }
+
+  void make_weights(const float* weight) {
+    weight_stride_ = odd_lines(shape_.in_channels);
+    const int64_t plane = shape_.out_channels * weight_stride_;
+    weights_ = AlignedBuffer<float>(products_ * plane);
+    for (int64_t k = 0; k < shape_.out_channels; ++k) {
+      for (int64_t c = 0; c < shape_.in_channels; ++c) {
+        transform_weight(tile_, weight + (k * shape_.in_channels + c) * 9, weights_.data() + k * weight_stride_ + c, plane);
+      }
+    }
+  }
+
+  void make_groups() {
+    const Grouping grouping(shape_, tile_, kernels_.lanes);
+    const int64_t quanta_per_group = std::max<int64_t>(1, max_group_vectors(kernels_) * kernels_.lanes / grouping.quantum);
+    const int64_t num_groups = divide_up(grouping.quanta, quanta_per_group);
+    const int64_t units_per_quantum = grouping.quantum * tile_ / kUnit;
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const Range quanta = part_of(grouping.quanta, g, num_groups);
+      groups_.push_back(make_group(shape_, tile_, grouping.units_per_row,
+                                   {quanta.begin * units_per_quantum, std::min(grouping.units, quanta.end * units_per_quantum)},
+                                   (quanta.end - quanta.begin) * grouping.quantum));
+      max_width_ = std::max(max_width_, groups_.back().width);
+      line_stride_ = std::max(line_stride_, odd_lines(groups_.back().line_floats));
+      result_stride_ = std::max(result_stride_, odd_lines(groups_.back().result_floats));
+    }
+  }
+
+  void choose_row_parts(int num_threads) {
+    // A part of the rows transforms the inputs once more, which costs as much as some 10 rows do.
+    constexpr int64_t kMinRows = 64;
+    constexpr int64_t kChunkMacs = 6'000'000;
+    const int64_t macs = products_ * shape_.out_channels * shape_.in_channels * max_width_;
+    const auto groups = static_cast<int64_t>(groups_.size());
+    int64_t wanted = divide_up(macs, kChunkMacs);
+    if (num_threads > 1) wanted = std::max(wanted, divide_up(4 * num_threads, groups));
+    row_parts_ = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, shape_.out_channels / kMinRows));
+    max_rows_ = divide_up(shape_.out_channels, row_parts_);
+  }
+
+  // Scratch: results, bias, sums of a block of rows, transformed inputs, lines.
+  int64_t bias_offset() const { return max_rows_ * result_stride_; }
+  int64_t sums_offset() const { return bias_offset() + align(max_rows_); }
+  int64_t inputs_offset() const { return sums_offset() + products_ * odd_lines(kBlockRows * max_width_); }
+  int64_t lines_offset() const { return inputs_offset() + products_ * odd_lines(shape_.in_channels * max_width_); }
+
+  const KernelTable& kernels_;
+  ConvShape shape_;
+  int64_t tile_;
+  int64_t products_;
+  Rows x_;
+  const float* bias_;
+  const float* compensation_ = nullptr;
+  ActivationSpec activation_;
+  AlignedBuffer<float> weights_;  // [product][out_channels][weight_stride_]
+  int64_t weight_stride_ = 0;
+  std::vector<Group> groups_;
+  std::vector<int32_t> identity_;  // 0, 1, 2, ...: the columns of a whole input
+  int64_t row_parts_ = 1;
+  int64_t max_rows_ = 0;
+  int64_t max_width_ = 0;
+  int64_t line_stride_ = 0;
+  int64_t result_stride_ = 0;
+};
+
+}  // namespace
+
+int64_t choose_winograd_tile(const StepSpec& spec, const ConvShape& shape, const KernelTable& /*kernels*/) {
+  const SpecReader reader(spec);
+  const int64_t asked = reader.integer("winograd", -1);
+  if (asked >= 0) {
+    reader.check(asked == 0 || asked == 2 || asked == 4, "'winograd' must be 0, 2 or 4, got " + std::to_string(asked));
+    reader.check(asked == 0 || is_candidate(shape), "'winograd' needs a 3x3 kernel of stride 1 and dilation 1 in one group");
+    return asked;
+  }
+  return 0;
+}
+
+std::unique_ptr<Op> make_winograd(StepSpec spec, const KernelTable& kernels, int num_threads, int64_t tile) {
+  return std::make_unique<WinogradOp>(std::move(spec), kernels, num_threads, tile);
+}
+
+}  // namespace dynprune

@@ -1,0 +1,1 @@
+"""What fits a model's gates: calibration in closed form, and training."""

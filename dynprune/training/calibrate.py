@@ -1,0 +1,248 @@
+"""`calibrate`: fits every gate without gradients, measures this machine, and draws the frontier of time and accuracy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynprune.control.frontier import Frontier, OperatingPoint
+from dynprune.errors import CalibrationError, InputError
+from dynprune.graph.sites import Site
+from dynprune.runtime.costs import CostTable
+from dynprune.runtime.engine import Engine
+from dynprune.runtime.model import DynamicModel
+from dynprune.runtime.plan import Plan
+from dynprune.timing import measure_interleaved
+from dynprune.training.allocation import Sensitivity, allocate
+from dynprune.training.costing import executed, measure_costs, step_costs
+from dynprune.training.samples import Chunk, nth_sample, read_samples, split, take
+from dynprune.training.scores import fit_channels, record_channels, record_pooled
+from dynprune.training.sensitivity import Metric, agreement, branch_errors, channel_errors, fit_branch, joint_thresholds
+
+SENSITIVITY_SECONDS = 25.0
+LEVELS_SECONDS = 25.0
+"""Time for measuring each site alone, and all sites together at each level; they decide how many samples are used there."""
+LATENCY_SECONDS = 0.15
+"""Timed seconds per level."""
+LEAST_SAMPLES = 32
+
+
+def calibrate(
+    dm: DynamicModel,
+    inputs: Iterable[Any],
+    *,
+    levels: int = 32,
+    metric: Metric | None = None,
+    progress: bool | Callable[[float, str], None] = False,
+) -> Frontier:
+    """Returns the `Frontier` of `dm` on this machine: expected time and accuracy at each level.
+
+    Fits every gate to the inputs without gradients, then times the engine. The weights of the user's model are not touched; at level 0
+    the outputs stay those of the original model. Every fourth sample is kept out of the fit and used to measure what skipping costs.
+    On an error the gates stay as they were. Run it on an otherwise idle machine.
+
+    Args:
+        dm: the DynamicModel to calibrate, in place, on CPU.
+        inputs: iterable of batches as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, or a pair of
+            one of these and labels; a few hundred samples are enough, at most 1024 are read.
+        levels: number of operating points, >= 2, default 32.
+        metric: callable (output of a batch, its labels) -> float, higher is better, averaged over batches by their size; every batch
+            must then have labels. Default None compares with the outputs at level 0: the share of samples with the same class.
+        progress: True writes a line to stderr, a callable gets (share done in [0, 1], what is done now); default False.
+
+    Raises:
+        CalibrationError: `inputs` is empty, holds NaN or Inf, or lacks labels; the message names the batch.
+        InputError: `levels` is below 2, or the model is not on CPU.
+
+    Example:
+        >>> frontier = calibrate(dm, [torch.rand(8, 3, 224, 224) for _ in range(32)])
+    """
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise InputError(f"`levels` must be an int >= 2, got {levels!r}.")
+    if any(p.device.type != "cpu" for p in dm.model.parameters()):
+        raise InputError("calibrate measures the engine, which runs on CPU; call dm.to('cpu') first.")
+    captured = dm.attachment is not None
+    chunks = read_samples(
+        inputs,
+        labelled=metric is not None,
+        num_inputs=len(dm.graph.inputs) if captured else None,
+        splittable=not captured or dm.graph.dynamic_batch,
+    )
+    report = _reporter(progress)
+    with _eval_mode(dm), torch.no_grad():
+        plan = dm.engine_for(*chunks[0].args, **chunks[0].kwargs).plan
+        if not plan.sites:
+            raise CalibrationError("The model has no place that can be gated, so there is nothing to calibrate; dm.explain() says why.")
+        backup = copy.deepcopy(dm.gates.state_dict())
+        try:
+            frontier, costs = _Calibration(dm, plan, chunks, levels, metric, report).run()
+        except BaseException:
+            dm.gates.load_state_dict(backup)
+            dm.refresh()
+            raise
+    dm.set_frontier(frontier, costs)
+    report(1.0, "calibrated")
+    return frontier
+
+
+class _Calibration:
+    """One calibration: `run` goes through its stages."""
+
+    def __init__(
+        self, dm: DynamicModel, plan: Plan, chunks: list[Chunk], levels: int, metric: Metric | None, report: Callable[[float, str], None]
+    ):
+        self.dm = dm
+        self.plan = plan
+        self.levels = levels
+        self.metric = metric
+        self.report = report
+        self.attachment = dm.attachment
+        self.sites: dict[str, Site] = {site.name: site for site in dm.sites}
+        self.gated = [self.sites[site.name] for site in plan.sites]
+        self.fitted, self.held_out = split(chunks, splittable=plan.fixed_batch is None)
+
+    def run(self) -> tuple[Frontier, CostTable]:
+        """Returns the frontier and the cost table; the gates are fitted."""
+        self.report(0.0, "timing the whole model")
+        self.seconds_per_sample = self._seconds_per_sample()
+        table = measure_costs(self._engine(), self._single(0), self.sites)
+        sensitivities = self._fit_gates()
+        keeps = allocate(step_costs(self.plan, table), sensitivities, self.levels)
+        self._set_curves(keeps)
+        return self._frontier(table)
+
+    def _fit_gates(self) -> dict[str, Sensitivity]:
+        """Fits the gate of every site that the plan gates, and returns how much the output suffers when that site alone is gated."""
+        records = record_channels(self.attachment, self.fitted)
+        runs = sum(4 if site.kind == "channels" else 2 for site in self.gated)
+        count = self._affordable(SENSITIVITY_SECONDS, runs)
+        held_out, fitted = take(self.held_out, count), take(self.fitted, count)
+        references = [self._whole(chunk) for chunk in held_out]
+        fit_references = [self._whole(chunk) for chunk in fitted]
+        pooled, fit_pooled = record_pooled(self.attachment, held_out), record_pooled(self.attachment, fitted)
+        sensitivities = {}
+        for number, site in enumerate(self.gated):
+            self.report(0.05 + 0.5 * number / len(self.gated), f"fitting {site.name}")
+            if site.kind == "channels":
+                record, rank = records[site.name], self.attachment.gate(site.name).down.shape[0]
+                fits = [fit_channels(site, record, rank, compensate=False)]
+                if any(consumer.can_compensate for consumer in record.consumers):
+                    fits.append(fit_channels(site, record, rank, compensate=True))
+                errors = channel_errors(self.attachment, site, fits, torch.cat(record.pooled), held_out, references)
+            else:
+                fit_branch(self.attachment, site, fit_pooled[site.name], fitted, fit_references)
+                errors = branch_errors(self.attachment, site, pooled[site.name], held_out, references)
+            sensitivities[site.name] = Sensitivity(errors)
+        return sensitivities
+
+    def _set_curves(self, keeps: list[dict[str, float]]) -> None:
+        """Sets every gate's thresholds so that each level keeps its ratios when all sites are gated at that level."""
+        pooled = record_pooled(self.attachment, self.fitted)
+        curves: dict[str, list[Tensor]] = {}
+        for name in self.sites:
+            scores = self.attachment.gate(name).score(pooled[name])
+            all_run = scores.min() - scores.std(correction=0) - 1e-3
+            curves[name] = [all_run] * self.levels
+        chunks = take(self.fitted, self._affordable(LEVELS_SECONDS, 2 * self.levels))
+        for level in range(1, self.levels):
+            self.report(0.55 + 0.15 * level / self.levels, f"setting level {level} of {self.levels - 1}")
+            for name, threshold in joint_thresholds(self.attachment, chunks, keeps[level]).items():
+                curves[name][level] = threshold
+        for name, curve in curves.items():
+            gate = self.attachment.gate(name)
+            gate.set_curve(torch.stack(curve))
+            gate.calibrated.fill_(True)
+
+    def _frontier(self, table: CostTable) -> tuple[Frontier, CostTable]:
+        chunks = take(self.held_out, self._affordable(LEVELS_SECONDS, 2 * self.levels))
+        references = [self._whole(chunk) for chunk in chunks]
+        latencies_ms = self._latencies_ms()
+        level_ms, points = [], []
+        for i in range(self.levels):
+            self.report(0.8 + 0.2 * i / self.levels, f"measuring level {i} of {self.levels - 1}")
+            level = i / (self.levels - 1)
+            results = [self.attachment.run(chunk.args, chunk.kwargs, level=level) for chunk in chunks]
+            shares = {name: torch.cat([masks[name].mean(1) for _, masks in results]) for name in results[0][1]}
+            step_ms, skip_rate = executed(self.plan, table, shares)
+            level_ms.append(step_ms)
+            batch_ms = step_ms.sum() * (self.plan.fixed_batch or 1)
+            accuracy = self._accuracy(chunks, [output for output, _ in results], references)
+            points.append(OperatingPoint(level, batch_ms, latencies_ms[i], min(1.0, max(0.0, skip_rate)), accuracy))
+        engine = f"{platform.machine()} {self._engine().isa}, {self.dm.num_threads} threads"
+        return Frontier(tuple(points), engine), dataclasses.replace(table, level_ms=np.stack(level_ms))
+
+    def _latencies_ms(self) -> list[float]:
+        """Returns the engine's median latency at each level, over a few of the samples in turn."""
+        self.report(0.7, "timing the levels")
+        engine = self._engine()
+        samples = [self._single(i) for i in range(min(8, sum(chunk.size for chunk in self.held_out)))]
+
+        def run_at(level: float) -> Callable[[], Any]:
+            turn = itertools.cycle(samples)
+            return lambda: engine.run(next(turn), level=level)
+
+        runs = {str(i): run_at(i / (self.levels - 1)) for i in range(self.levels)}
+        measured = measure_interleaved(runs, seconds=LATENCY_SECONDS, block_seconds=LATENCY_SECONDS, pause_seconds=0.0)
+        return [measured[str(i)].median_ms for i in range(self.levels)]
+
+    def _accuracy(self, chunks: list[Chunk], outputs: list[Any], references: list[Any]) -> float:
+        if self.metric is None:
+            values = [agreement(output, reference) for output, reference in zip(outputs, references)]
+        else:
+            values = [float(self.metric(output, chunk.labels)) for output, chunk in zip(outputs, chunks)]
+        return float(np.average(values, weights=[chunk.size for chunk in chunks]))
+
+    def _engine(self) -> Engine:
+        gates = {name: self.attachment.gate(name) for name in self.sites}
+        return Engine(self.plan, self.sites, gates, num_threads=self.dm.num_threads)
+
+    def _single(self, number: int) -> list[Tensor]:
+        """Returns the flattened input of one held-out sample, or a whole chunk for a model of a fixed batch size."""
+        if self.plan.fixed_batch is not None:
+            chunk = self.held_out[number % len(self.held_out)]
+        else:
+            chunk = nth_sample(self.held_out, number)
+        return self.dm.flat_inputs(*chunk.args, **chunk.kwargs)
+
+    def _whole(self, chunk: Chunk) -> Any:
+        return self.dm.model(*chunk.args, **chunk.kwargs)
+
+    def _seconds_per_sample(self) -> float:
+        began = time.perf_counter()
+        for chunk in self.held_out:
+            self._whole(chunk)
+        return (time.perf_counter() - began) / sum(chunk.size for chunk in self.held_out)
+
+    def _affordable(self, seconds: float, runs: int) -> int:
+        """Returns how many samples can pass `runs` times in about `seconds`, at least 32."""
+        return max(LEAST_SAMPLES, int(seconds / (runs * self.seconds_per_sample)))
+
+
+@contextmanager
+def _eval_mode(dm: DynamicModel) -> Iterator[None]:
+    training = [module for module in dm.modules() if module.training]
+    dm.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _reporter(progress: bool | Callable[[float, str], None]) -> Callable[[float, str], None]:
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda share, what: None
+    return lambda share, what: print(f"\rcalibrate {share:4.0%} {what:<60.60}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""How much the output suffers: the error measure, and each site's error when it alone is gated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dynprune.gates.attach import Attachment, Masking
+from dynprune.gates.hooks import pool
+from dynprune.graph.sites import Site
+from dynprune.training.samples import Chunk
+from dynprune.training.scores import ChannelFit, Regression, quantile
+
+Metric = Callable[[Any, Any], float]
+
+KEEP_RATIOS = (0.75, 0.5, 0.25)
+"""Where a channels site is measured; in between see `Sensitivity`."""
+
+
+def first_float(output: Any) -> Tensor:
+    """Returns the first floating-point tensor of a model's output, as f32."""
+    return next(x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()).float()
+
+
+def output_errors(output: Any, reference: Any) -> Tensor:
+    """Returns the error of each sample (N,): the Kullback-Leibler divergence of the classes, or the relative squared error.
+
+    An output (N, classes), classes >= 2, is taken as logits.
+    """
+    y, y0 = first_float(output), first_float(reference)
+    if y0.dim() == 2 and y0.shape[1] > 1:
+        log_p0, log_p = y0.log_softmax(1), y.log_softmax(1)
+        return (log_p0.exp() * (log_p0 - log_p)).sum(1).clamp_min(0)
+    y, y0 = y.flatten(1) if y.dim() > 1 else y[:, None], y0.flatten(1) if y0.dim() > 1 else y0[:, None]
+    return (y - y0).square().sum(1) / y0.square().sum(1).clamp_min(1e-12)
+
+
+def agreement(output: Any, reference: Any) -> float:
+    """Returns the share of samples of the same class; for an output that is not (N, classes), 1 less the relative error, at least 0."""
+    y, y0 = first_float(output), first_float(reference)
+    if y0.dim() == 2 and y0.shape[1] > 1:
+        return (y.argmax(1) == y0.argmax(1)).float().mean().item()
+    return (1 - output_errors(output, reference).sqrt().clamp_max(1)).mean().item()
+
+
+def channel_errors(
+    attachment: Attachment, site: Site, fits: list[ChannelFit], pooled: Tensor, chunks: list[Chunk], references: list[Any]
+) -> dict[float, float]:
+    """Writes the best of `fits` to the site's gate, and returns its mean output error by keep ratio when the site alone is gated.
+
+    Args:
+        attachment: of the model.
+        site: a channels site.
+        fits: one or more; compared at half of the site kept.
+        pooled: (N, gate_channels) inputs of the gate; thresholds are quantiles of their scores.
+        chunks: samples to measure on.
+        references: the whole model's outputs for them.
+    """
+    gate = attachment.gate(site.name)
+
+    def error(keep: float) -> float:
+        threshold = quantile(gate.score(pooled), 1 - keep).item()
+        runs = zip(chunks, references)
+        return torch.cat([output_errors(_run_at(attachment, c, site, threshold), reference) for c, reference in runs]).mean().item()
+
+    def half(fit: ChannelFit) -> float:
+        apply_fit(gate, fit)
+        return error(0.5)
+
+    at_half = [half(fit) for fit in fits]
+    best = min(range(len(fits)), key=at_half.__getitem__)
+    apply_fit(gate, fits[best])
+    return {keep: at_half[best] if keep == 0.5 else error(keep) for keep in KEEP_RATIOS}
+
+
+def fit_branch(attachment: Attachment, site: Site, pooled: Tensor, chunks: list[Chunk], references: list[Any]) -> None:
+    """Fits the gate of a branch to the logarithm of each sample's output error when it skips the branch.
+
+    Args:
+        attachment, site, chunks, references: as for `channel_errors`.
+        pooled: (N, gate_channels), the gate's inputs for `chunks`.
+    """
+    loss = _losses_without(attachment, site, chunks, references).double()
+    target = (loss + 1e-3 * loss.mean() + 1e-12).log()
+    gate = attachment.gate(site.name)
+    for parameter, value in zip((gate.down, gate.up, gate.bias), Regression(pooled.double()).low_rank(target[:, None], gate.down.shape[0])):
+        parameter.copy_(value)
+
+
+def branch_errors(
+    attachment: Attachment, site: Site, pooled: Tensor, chunks: list[Chunk], references: list[Any]
+) -> dict[float, float]:
+    """Returns the mean output error by keep ratio of a branch with a fitted gate; arguments as for `fit_branch`.
+
+    As samples do not depend on each other, one run without the branch gives the error at any keep ratio.
+    """
+    loss = _losses_without(attachment, site, chunks, references)
+    skipped = loss[attachment.gate(site.name).score(pooled)[:, 0].argsort()].cumsum(0) / len(loss)
+    return {1 - share: skipped[max(0, round(share * len(loss)) - 1)].item() for share in (0.25, 0.5, 0.75)}
+
+
+def joint_thresholds(attachment: Attachment, chunks: list[Chunk], keep: Mapping[str, float]) -> dict[str, Tensor]:
+    """Returns the thresholds at which each site keeps its ratio while all sites before it are gated likewise; mean over chunks.
+
+    Args:
+        attachment: of the model, with fitted gates.
+        chunks: samples whose scores' quantiles are taken.
+        keep: keep ratio by site name; a site that keeps all is not gated and has no threshold.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def choose(site: Site, x: Tensor, channel_dim: int) -> Tensor | None:
+        if keep.get(site.name, 1.0) >= 1:
+            return None
+        score = attachment.gate(site.name).score(pool(x, channel_dim))
+        threshold = quantile(score, 1 - keep[site.name])
+        found.setdefault(site.name, []).append(threshold)
+        return (score > threshold).float()
+
+    for chunk in chunks:
+        attachment.visit(Masking(attachment, choose), chunk.args, chunk.kwargs)
+    return {name: torch.stack(values).mean() for name, values in found.items()}
+
+
+def apply_fit(gate: torch.nn.Module, fit: ChannelFit) -> None:
+    """Writes a fit to a channel gate."""
+    for name in ("down", "up", "bias"):
+        getattr(gate, name).copy_(getattr(fit, name))
+    gate.channel_means.copy_(fit.means)
+    gate.compensated.copy_(fit.compensated)
+
+
+def _run_at(attachment: Attachment, chunk: Chunk, gated: Site, threshold: float) -> Any:
+    """Returns the output when one site alone is gated, at this threshold."""
+
+    def choose(site: Site, x: Tensor, channel_dim: int) -> Tensor | None:
+        if site.name != gated.name:
+            return None
+        return (attachment.gate(site.name).score(pool(x, channel_dim)) > threshold).float()
+
+    return attachment.visit(Masking(attachment, choose), chunk.args, chunk.kwargs)
+
+
+def _losses_without(attachment: Attachment, site: Site, chunks: list[Chunk], references: list[Any]) -> Tensor:
+    """Returns the output error (N,) of each sample when none runs the branch."""
+    runs = zip(chunks, references)
+    return torch.cat([output_errors(_run_at(attachment, chunk, site, float("inf")), reference) for chunk, reference in runs])

@@ -1,0 +1,212 @@
+"""The two equalities of the project: the engine at level 0 is the model, and at given lists it is the hooked model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import models
+import numpy as np
+import pytest
+import torch
+from helpers import LIST_KINDS, active_list, assert_close
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torchvision_models import torchvision_model
+
+from dynprune.runtime.model import DynamicModel
+
+TORCHVISION = {
+    "resnet18": 64,
+    "resnet50": 64,
+    "vgg11_bn": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "squeezenet1_1": 96,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+}
+"""Name to the image size that keeps the test quick."""
+ALL = (*models.NAMES, *TORCHVISION)
+GATED = (*models.GATED, *TORCHVISION)
+FACTOR = 10.0
+"""1e-4 relative: ten times the tolerance of one operation."""
+
+
+@cache
+def wrapped(name: str) -> DynamicModel:
+    """Returns the wrapped model, shared by all tests of this file; each leaves its gates as it found them."""
+    model = models.build(name) if name in models.NAMES else small_outputs(torchvision_model(name))
+    return DynamicModel(model, inputs_of(name, 1))
+
+
+def small_outputs(model: nn.Module) -> nn.Module:
+    """Gives branches of an untrained network the weight they have in a trained one, so that an error in one is seen in the output."""
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_scale", None), nn.Parameter):
+            nn.init.constant_(module.layer_scale, 0.5)
+    return model
+
+
+def inputs_of(name: str, batch: int) -> tuple:
+    if name in models.NAMES:
+        return models.example(name, batch)
+    generator = torch.Generator().manual_seed(batch)
+    return (torch.randn(batch, 3, TORCHVISION[name], TORCHVISION[name], generator=generator),)
+
+
+def assert_same(got, want, context: str) -> None:
+    """Fails where two results differ in structure, or in a tensor by more than 1e-4 of its largest magnitude."""
+    got_leaves, got_spec = pytree.tree_flatten(got)
+    want_leaves, want_spec = pytree.tree_flatten(want)
+    assert got_spec == want_spec, f"{context}: {got_spec}, expected {want_spec}"
+    for i, (a, b) in enumerate(zip(got_leaves, want_leaves, strict=True)):
+        if not isinstance(b, Tensor):
+            assert a == b, f"{context}: leaf {i} is {a!r}, expected {b!r}"
+            continue
+        assert a.dtype == b.dtype, f"{context}: leaf {i} is {a.dtype}, expected {b.dtype}"
+        scale = b.detach().double().abs().max().clamp_min(1e-30)  # relative, also where outputs are small
+        assert_close(a.double() / scale, b.double() / scale, factor=FACTOR, context=f"{context}, leaf {i}")
+
+
+def random_lists(dm: DynamicModel, batch: int, rng: np.random.Generator, kind: str) -> dict[str, list[list[int]]]:
+    """Returns lists for every site; `kind` "mixed" draws a kind for each site and sample."""
+    lists = {}
+    for site in dm.sites:
+        kinds = rng.choice(LIST_KINDS, batch) if kind == "mixed" else [kind] * batch
+        lists[site.name] = [active_list(k, site.num_groups, rng).tolist() for k in kinds]
+    return lists
+
+
+def expected_macs(dm: DynamicModel, masks: Mapping[str, Tensor], batch: int) -> float:
+    """Returns the multiply-adds that masks (batch, num_groups) leave, counted from the graph and sites alone."""
+    of_node = dict(dm._first.sites.node_macs)
+    producers: dict[str, list[str]] = {}
+    consumers: dict[str, list[str]] = {}
+    branches: dict[str, list[str]] = {}
+    for site in dm.sites:
+        for node in site.nodes if site.kind == "branch" else ():
+            branches.setdefault(node, []).append(site.name)
+        for node in site.nodes if site.kind == "channels" else ():
+            producers.setdefault(node, []).append(site.name)
+        for consumer in site.consumers:
+            consumers.setdefault(consumer.node, []).append(site.name)
+    total = 0.0
+    for node, macs in of_node.items():
+        share = torch.ones(batch, dtype=torch.float64)
+        for name in {*producers.get(node, ()), *consumers.get(node, ())}:
+            share = share * masks[name].double().mean(1)
+        for name in branches.get(node, ()):
+            share = share * masks[name].double()[:, 0]
+        total += macs * share.sum().item()
+    return total
+
+
+def masks_of(dm: DynamicModel, lists: Mapping[str, list[list[int]]], batch: int) -> dict[str, Tensor]:
+    masks = {}
+    for site in dm.sites:
+        masks[site.name] = torch.zeros(batch, site.num_groups)
+        for sample, chosen in enumerate(lists[site.name]):
+            masks[site.name][sample, chosen] = 1
+    return masks
+
+
+@pytest.mark.parametrize("batch", (1, 5))
+@pytest.mark.parametrize("name", ALL)
+def test_level_0_is_the_model(name: str, batch: int) -> None:
+    dm, inputs = wrapped(name), inputs_of(name, batch)
+    kept = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+    with torch.no_grad():
+        want = dm.model(*inputs)
+        got = dm(*inputs)
+        again = dm(*inputs)
+    assert_same(got, want, f"{name} batch {batch}")
+    assert_same(again, want, f"{name} batch {batch}, second call")
+    for before, after in zip(kept, inputs):
+        assert not isinstance(after, Tensor) or torch.equal(before, after), "the engine changed its input"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_has_gates_where_an_expert_would_put_them(name: str) -> None:
+    dm = wrapped(name)
+    assert bool(dm.sites) == (name in GATED)
+    assert [site.name for site in dm.plan.sites] == [site.name for site in dm.sites]
+
+
+@pytest.mark.parametrize("kind", ("empty", "all", "random", "mixed"))
+@pytest.mark.parametrize("batch", (1, 3))
+@pytest.mark.parametrize("name", GATED)
+def test_given_lists_mean_the_same_in_engine_and_hooked_model(name: str, batch: int, kind: str) -> None:
+    dm, inputs = wrapped(name), inputs_of(name, batch)
+    lists = random_lists(dm, batch, np.random.default_rng(batch), kind)
+    with torch.no_grad():
+        want = dm.run_with_active(*inputs, active=lists, backend="hooked")
+        dm.reset_stats()
+        got = dm.run_with_active(*inputs, active=lists)
+    assert_same(got, want, f"{name} batch {batch} {kind}")
+    if kind == "all":
+        assert_same(got, dm.model(*inputs), f"{name} batch {batch} with everything active")
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_compensation_means_the_same_in_engine_and_hooked_model(name: str) -> None:
+    dm, inputs = wrapped(name), inputs_of(name, 3)
+    rng = np.random.default_rng(1)
+    before = {key: value.clone() for key, value in dm.gates.state_dict().items()}
+    changed = 0
+    for site in dm.sites:
+        if site.kind == "channels":
+            gate = dm.gate(site.name)
+            gate.channel_means.normal_()
+            gate.compensated.copy_(torch.from_numpy(rng.random(len(site.consumers)) < 0.7))
+            changed += int(gate.compensated.sum())
+    assert changed
+    dm.refresh()
+    try:
+        for kind in ("empty", "mixed", "random"):
+            lists = random_lists(dm, 3, rng, kind)
+            with torch.no_grad():
+                want = dm.run_with_active(*inputs, active=lists, backend="hooked")
+                got = dm.run_with_active(*inputs, active=lists)
+            assert_same(got, want, f"{name}, compensated, {kind}")
+        with torch.no_grad():
+            assert_same(dm(*inputs), dm.model(*inputs), f"{name} at level 0 with compensation set")
+    finally:
+        dm.gates.load_state_dict(before)
+        dm.refresh()
+
+
+@pytest.mark.parametrize("backend", ("engine", "hooked"))
+@pytest.mark.parametrize("name", GATED)
+def test_skip_rate_is_what_the_lists_leave_out(name: str, backend: str) -> None:
+    dm = wrapped(name)
+    rng = np.random.default_rng(2)
+    dm.reset_stats()
+    total = left = 0.0
+    ran = {site.name: 0 for site in dm.sites}
+    for batch in (1, 3):
+        inputs, lists = inputs_of(name, batch), random_lists(dm, batch, rng, "mixed")
+        with torch.no_grad():
+            dm.run_with_active(*inputs, active=lists, backend=backend)
+        left += expected_macs(dm, masks_of(dm, lists, batch), batch)
+        total += batch * sum(dm._first.sites.node_macs.values())
+        for site in dm.sites:
+            ran[site.name] += sum(map(len, lists[site.name]))
+    stats = dm.stats()
+    assert stats.inferences == 2 and stats.samples == 4
+    assert stats.skip_rate == pytest.approx(1 - left / total, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_whole_sites_skip_nothing(name: str) -> None:
+    dm, inputs = wrapped(name), inputs_of(name, 2)
+    dm.reset_stats()
+    with torch.no_grad():
+        dm(*inputs)
+        dm.run_with_active(*inputs, active={})
+    stats = dm.stats()
+    assert stats.skip_rate == 0.0
+    assert set(stats.site_skip_rates) == {site.name for site in dm.sites}
+    assert all(rate == 0.0 for rate in stats.site_skip_rates.values())
