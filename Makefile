@@ -36,7 +36,7 @@ sanitize: $(VENV)/installed $(VENV)/build-tools
 
 bench: $(VENV)/installed $(VENV)/bench
 	$(BIN)/python bench/bench_models.py
-	$(BIN)/python -m pytest bench/bench_kernels.py --benchmark-disable-gc
+	$(BIN)/python bench/bench_kernels.py
 	$(BIN)/python bench/bench_overhead.py
 
 clean:
@@ -65,8 +65,10 @@ $(VENV)/build-tools: $(VENV)/torch
 	$(BIN)/pip install -q 'setuptools>=77' wheel 'pybind11>=2.13'
 	@touch $@
 
+# torchvision's own pin would replace torch; its models need only its Python part.
 $(VENV)/bench: $(VENV)/installed
-	$(BIN)/pip install -q openvino pytest-benchmark
+	$(BIN)/pip install -q openvino pillow
+	$(BIN)/pip install -q --no-deps torchvision
 	@touch $@
 
 $(VENV)/ruff: $(VENV)/torch

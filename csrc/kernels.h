@@ -252,6 +252,28 @@ struct WinogradInputArgs {
   int64_t out_stride;
 };
 
+// The weights of this many output channels lie together, column by column: a tile of rows reads one stream of whole lines.
+constexpr int64_t kWinogradPackedRows = 16;
+
+// out[e][i][lane] = sum_k weight[e][r_i][column k] * in[e][k][lane], r_i = row_index ? row_index[i] : first_row + i. Row r of product e
+// stands at weight + e * weight_stride + r / kWinogradPackedRows * tile_stride + r % kWinogradPackedRows, its column k column_offset[k] on.
+struct WinogradProductArgs {
+  int64_t products;
+  int64_t m;
+  int64_t k;
+  int64_t width;  // lanes, a multiple of the vector length, at most gemm_max_vectors vectors
+  const float* weight;
+  int64_t weight_stride;
+  int64_t tile_stride;
+  const int32_t* row_index;
+  int64_t first_row;
+  const int32_t* column_offset;  // [k]: the input channel times kWinogradPackedRows
+  const float* in;               // [k][width]
+  int64_t in_stride;
+  float* out;  // [m][width]
+  int64_t out_stride;
+};
+
 // out[row][units[u].out + y * row_stride + x] = (A' m A)[y][x], m the t x t products of a tile: in[i * t + j][row][lane].
 struct WinogradOutputArgs {
   int64_t tile;
@@ -287,6 +309,7 @@ struct KernelTable {
   void (*softmax_rows)(const NormalizeArgs&);
   void (*transpose)(const TransposeArgs&);
   void (*winograd_input)(const WinogradInputArgs&);
+  void (*winograd_products)(const WinogradProductArgs&);
   void (*winograd_output)(const WinogradOutputArgs&);
 };
 

@@ -129,10 +129,13 @@ def test_level_0_is_the_model(name: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_has_gates_where_an_expert_would_put_them(name: str) -> None:
+def test_sites_are_those_that_engine_and_hooks_both_gate(name: str) -> None:
     dm = wrapped(name)
-    assert bool(dm.sites) == (name in GATED)
-    assert [site.name for site in dm.plan.sites] == [site.name for site in dm.sites]
+    names = [site.name for site in dm.sites]
+    assert names or name not in GATED
+    assert [site.name for site in dm.plan.sites] == names
+    assert [site.name for site in dm.attachment.sites] == names
+    assert len(dm.gates) == len(names)
 
 
 @pytest.mark.parametrize("kind", ("empty", "all", "random", "mixed"))

@@ -270,7 +270,8 @@ def conv(a: int, b: int, **options) -> nn.Conv2d:
         (net(lambda m, x: m.b(m.a(x.flatten(2)).relu()), a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 4, 1)), True),
     ],
     ids=[
-        "softmax_channels", "softmax_rows", "flip", "slice", "pixel_shuffle", "tokens", "linear_over_positions", "channels_fastest", "row_scale", "mean_over_channels",
+        "softmax_channels", "softmax_rows", "flip", "slice", "pixel_shuffle", "tokens", "linear_over_positions", "channels_fastest",
+        "row_scale", "mean_over_channels",
         "constant_per_channel", "square_and_reverse", "spatial_map_of_input", "scalar_per_sample", "spatial_map_of_conv", "parallel_sum",
         "pad_with_ones", "pad_channels", "circular", "group_norm", "weight_norm", "second_output", "transposed", "conv1d",
     ],

@@ -14,9 +14,12 @@ struct Rows {
   int64_t rows = 0;
   int64_t row_stride = 0;
   int64_t positions = 0;
-  // Set by the plan: the buffer lies in the arena, so that a few vectors past the operand's end may be read (not used).
-  bool in_arena = false;
+  // Set by the plan: kReadPastEnd elements past the operand's end may be read (their values are not used).
+  bool readable_past_end = false;
 };
+
+// The widest tile of positions is shorter than this, so that one more tile may be read where only its first positions count.
+constexpr int64_t kReadPastEnd = 256;
 
 // The rows of one sample that run, ascending. `inactive` has 1.0f for each row that does not run and 0.0f for the others, over all
 // rows. Reading it late (see executor.h) may mix two runs' lists, so every index is always below the row count and count <= rows.

@@ -39,6 +39,7 @@ const KernelTable& scalar_kernels() {
       softmax_rows,
       transpose,
       winograd_input,
+      winograd_products,
       winograd_output,
   };
   return table;

@@ -1,4 +1,4 @@
-// out[j][i] = in[i][j], by blocks that stay in the first-level cache.
+// out[j][i] = in[i][j], by tiles of a vector's lanes squared; what is left at the edges goes element by element.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,23 @@
 namespace dynprune {
 namespace {
 
+// The elements of rows [i, i_end) and columns [j, j_end).
+inline void transpose_edge(const TransposeArgs& a, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
+  for (; j < j_end; ++j) {
+    for (int64_t row = i; row < i_end; ++row) a.out[j * a.out_stride + row] = a.in[row * a.in_stride + j];
+  }
+}
+
 void transpose(const TransposeArgs& a) {
-  constexpr int64_t kBlock = 16;  // one cache line of columns
+  constexpr int64_t kBlock = Vec::kLanes > 1 ? Vec::kLanes : 16;
   for (int64_t i = 0; i < a.rows; i += kBlock) {
-    const int64_t rows = a.rows - i < kBlock ? a.rows - i : kBlock;
+    const int64_t i_end = i + kBlock < a.rows ? i + kBlock : a.rows;
     for (int64_t j = 0; j < a.columns; j += kBlock) {
-      const int64_t columns = a.columns - j < kBlock ? a.columns - j : kBlock;
-      for (int64_t y = 0; y < columns; ++y) {
-        for (int64_t x = 0; x < rows; ++x) a.out[(j + y) * a.out_stride + i + x] = a.in[(i + x) * a.in_stride + j + y];
+      const int64_t j_end = j + kBlock < a.columns ? j + kBlock : a.columns;
+      if (Vec::kLanes > 1 && i_end - i == kBlock && j_end - j == kBlock) {
+        transpose_tile(a.in + i * a.in_stride + j, a.in_stride, a.out + j * a.out_stride + i, a.out_stride);
+      } else {
+        transpose_edge(a, i, i_end, j, j_end);
       }
     }
   }

@@ -2,7 +2,7 @@
 //
 //   out = A' [ (G g G') . (B' d B) ] A      (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015)
 //
-// Lanes are tiles, so a channel stays a row in the transformed domain and gather_gemm does the products with any index lists.
+// Lanes are tiles, so a channel stays a row in the transformed domain and any lists of rows and columns can be multiplied.
 // The points are 0, +-1, inf for m = 2 and 0, +-3/4, +-3/2, inf for m = 4. With 256 input channels of normal data the largest error,
 // relative to the largest output, is then 6e-7 and 3e-6; the customary +-1, +-2 give 2e-5.
 //
@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "kernels/gather_gemm-inl.h"
 
 namespace dynprune {
 namespace {
@@ -188,6 +189,102 @@ void winograd_input_tiles(const WinogradInputArgs& a) {
 }
 
 void winograd_input(const WinogradInputArgs& a) { a.tile == 2 ? winograd_input_tiles<2>(a) : winograd_input_tiles<4>(a); }
+
+// out[i][lane] = sum_k weight[lane_of_row[i] + column_offset[k]] * in[k][lane] for kRows rows of one packed tile. kNext: asks for the
+// line of the tile that comes next, which is a tile's time away: enough for memory, and on time where the columns have gaps.
+template <int kRows, int kVectors, bool kNeighbours, bool kNext>
+void multiply_rows(const WinogradProductArgs& a, const float* weight, const int32_t* lane_of_row, const float* in, float* out,
+                   const float* next) {
+  constexpr int64_t kWidth = kVectors * Vec::kLanes;
+  const float* w[kRows];
+  Vec sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    w[i] = kNeighbours ? weight + lane_of_row[0] + i : weight + lane_of_row[i];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = zero();
+  }
+  for (int64_t k = 0; k < a.k; ++k, in += kWidth) {
+    const int64_t offset = a.column_offset[k];
+    if constexpr (kNext) __builtin_prefetch(next + offset, 0, 2);
+    Vec x[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) x[v] = load(in + v * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec broadcast = set1(w[i][offset]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(broadcast, x[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(out + i * kWidth + v * Vec::kLanes, sum[i][v]);
+  }
+}
+
+// How many rows of a packed tile go at once: as many as the registers hold, in even parts of a tile.
+template <int kVectors>
+constexpr int max_product_rows() {
+  constexpr int fit = (Vec::kRegisters - kVectors - 1) / kVectors;
+  return fit >= kWinogradPackedRows ? kWinogradPackedRows : fit >= 8 ? 8 : fit >= 1 ? fit : 1;
+}
+
+template <int kRows, int kVectors>
+void multiply_some(const WinogradProductArgs& a, int64_t rows, bool first, const float* weight, const int32_t* lane_of_row, const float* in,
+                   float* out, const float* next) {
+  if constexpr (kRows > 0) {
+    if (rows != kRows) return multiply_some<kRows - 1, kVectors>(a, rows, first, weight, lane_of_row, in, out, next);
+    const bool neighbours = lane_of_row[rows - 1] - lane_of_row[0] == rows - 1;
+    if (neighbours) {
+      first ? multiply_rows<kRows, kVectors, true, true>(a, weight, lane_of_row, in, out, next)
+            : multiply_rows<kRows, kVectors, true, false>(a, weight, lane_of_row, in, out, next);
+    } else {
+      first ? multiply_rows<kRows, kVectors, false, true>(a, weight, lane_of_row, in, out, next)
+            : multiply_rows<kRows, kVectors, false, false>(a, weight, lane_of_row, in, out, next);
+    }
+  }
+}
+
+// Walks the rows packed tile by packed tile, so that each line of weights is touched once.
+template <int kVectors>
+void multiply_products(const WinogradProductArgs& a) {
+  constexpr int64_t kMaxRows = max_product_rows<kVectors>();
+  constexpr int64_t kWidth = kVectors * Vec::kLanes;
+  const auto row_of = [&a](int64_t i) { return a.row_index != nullptr ? int64_t{a.row_index[i]} : a.first_row + i; };
+  for (int64_t e = 0; e < a.products; ++e) {
+    const float* weight = a.weight + e * a.weight_stride;
+    const float* in = a.in + e * a.in_stride;
+    float* out = a.out + e * a.out_stride;
+    for (int64_t begin = 0, end; begin < a.m; begin = end) {
+      const int64_t tile = row_of(begin) / kWinogradPackedRows;
+      int32_t lane_of_row[kWinogradPackedRows];
+      for (end = begin; end < a.m && end - begin < kWinogradPackedRows && row_of(end) / kWinogradPackedRows == tile; ++end) {
+        lane_of_row[end - begin] = static_cast<int32_t>(row_of(end) % kWinogradPackedRows);
+      }
+      const float* next = end < a.m ? weight + row_of(end) / kWinogradPackedRows * a.tile_stride
+                                    : weight + (e + 1 < a.products ? a.weight_stride : 0) + row_of(0) / kWinogradPackedRows * a.tile_stride;
+      const int64_t parts = (end - begin + kMaxRows - 1) / kMaxRows;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = (end - begin) * part / parts;
+        const int64_t last = (end - begin) * (part + 1) / parts;
+        multiply_some<kMaxRows, kVectors>(a, last - first, part == 0, weight + tile * a.tile_stride, lane_of_row + first, in,
+                                          out + (begin + first) * kWidth, next);
+      }
+    }
+  }
+}
+
+template <int kVectors>
+void multiply_width(const WinogradProductArgs& a) {
+  if constexpr (kVectors > 0) {
+    if (a.width == kVectors * Vec::kLanes) return multiply_products<kVectors>(a);
+    multiply_width<kVectors - 1>(a);
+  }
+}
+
+void winograd_products(const WinogradProductArgs& a) { multiply_width<kGemmMaxVectors>(a); }
 
 template <int kTile>
 void winograd_output_tiles(const WinogradOutputArgs& a) {

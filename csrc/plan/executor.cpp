@@ -19,9 +19,6 @@ constexpr uint64_t kCommitting = 6;
 constexpr uint64_t kDone = 7;
 constexpr uint64_t kStepBits = 24;
 
-// Floats past the end that a step may read: an operand's last row may be read to the end of a tile of positions.
-constexpr int64_t kArenaSlack = 256;
-
 // How long a thread with nothing left to claim waits before it computes others' chunks again, at least, and in its own chunks' times.
 constexpr int64_t kPatienceNs = 60'000;
 constexpr int64_t kPatienceChunks = 3;
@@ -56,7 +53,7 @@ void run_chunk(const Op& op, const RunView& view, bool runs, int64_t sample, int
 Workspace::Workspace(std::shared_ptr<const Plan> plan, int64_t batch)
     : plan_(std::move(plan)),
       batch_(batch),
-      arena_(plan_->arena_size() * batch + kArenaSlack),
+      arena_(plan_->arena_size() * batch + kReadPastEnd),
       slots_(plan_->buffers().size()),
       gates_(plan_->sites(), batch),
       done_(new Done[plan_->num_steps()]) {

@@ -38,7 +38,9 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
     }
     for (Rows& rows : step.inputs) {
       check_operand(step, rows);
-      rows.in_arena = spec_.buffers[rows.buffer].is_arena;
+      const int64_t end = rows.offset + (rows.rows - 1) * rows.row_stride + rows.positions;
+      const BufferSpec& buffer = spec_.buffers[rows.buffer];
+      rows.readable_past_end = buffer.is_arena || end + kReadPastEnd <= buffer.size;
     }
     if (step.op != "torch" && step.op != "gate") check_operand(step, step.output);
     branches_.push_back(step.branches);

@@ -99,6 +99,32 @@ inline Vec odd_lanes(Vec a, Vec b) {
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, _MM_SHUFFLE(3, 1, 2, 0)))};
 }
 
+// out[j][i] = in[i][j] for i, j < 8: pairs of rows, then fours, are woven inside the 128-bit halves, then the halves change places.
+inline void transpose_tile(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m256 fours[8];  // fours[4 g + c], half h: column 4 h + c of rows 4 g .. 4 g + 3
+#pragma GCC unroll 2
+  for (int g = 0; g < 2; ++g) {
+    const float* rows = in + 4 * g * in_stride;
+    const __m256 r0 = _mm256_loadu_ps(rows);
+    const __m256 r1 = _mm256_loadu_ps(rows + in_stride);
+    const __m256 r2 = _mm256_loadu_ps(rows + 2 * in_stride);
+    const __m256 r3 = _mm256_loadu_ps(rows + 3 * in_stride);
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+    fours[4 * g] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+    fours[4 * g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+    fours[4 * g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+    fours[4 * g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(out + c * out_stride, _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20));
+    _mm256_storeu_ps(out + (4 + c) * out_stride, _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31));
+  }
+}
+
 inline float reduce_add(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -82,6 +82,38 @@ inline Vec odd_lanes(Vec a, Vec b) {
   return {_mm512_permutex2var_ps(a.v, index, b.v)};
 }
 
+// out[j][i] = in[i][j] for i, j < 16: pairs of rows, then fours, are woven inside the 128-bit quarters, then the quarters change places.
+inline void transpose_tile(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m512 fours[16];  // fours[4 g + c], quarter q: column 4 q + c of rows 4 g .. 4 g + 3
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    const float* rows = in + 4 * g * in_stride;
+    const __m512 r0 = _mm512_loadu_ps(rows);
+    const __m512 r1 = _mm512_loadu_ps(rows + in_stride);
+    const __m512 r2 = _mm512_loadu_ps(rows + 2 * in_stride);
+    const __m512 r3 = _mm512_loadu_ps(rows + 3 * in_stride);
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+    fours[4 * g] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+    fours[4 * g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    fours[4 * g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+    fours[4 * g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 first = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x44);
+    const __m512 second = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x44);
+    const __m512 third = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xEE);
+    const __m512 fourth = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xEE);
+    _mm512_storeu_ps(out + c * out_stride, _mm512_shuffle_f32x4(first, second, 0x88));
+    _mm512_storeu_ps(out + (4 + c) * out_stride, _mm512_shuffle_f32x4(first, second, 0xDD));
+    _mm512_storeu_ps(out + (8 + c) * out_stride, _mm512_shuffle_f32x4(third, fourth, 0x88));
+    _mm512_storeu_ps(out + (12 + c) * out_stride, _mm512_shuffle_f32x4(third, fourth, 0xDD));
+  }
+}
+
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace dynprune {
 namespace {
@@ -44,7 +45,7 @@ inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec sqrt(Vec a) { return {std::sqrt(a.v)}; }
 inline Vec abs(Vec a) { return {std::fabs(a.v)}; }
-inline Vec round(Vec a) { return {std::nearbyint(a.v)}; }
+inline Vec round(Vec a) { return {(a.v + 12582912.0f) - 12582912.0f}; }  // 1.5 * 2^23: for |a| < 2^22
 // |a| = mantissa * 2^exponent with a mantissa in [1, 2); for a > 0 and finite.
 inline Vec split_power_of_2(Vec a, Vec* exponent) {
   int power = 0;
@@ -52,19 +53,32 @@ inline Vec split_power_of_2(Vec a, Vec* exponent) {
   exponent->v = static_cast<float>(power - 1);
   return {2.0f * mantissa};
 }
-inline Vec scale_by_power_of_2(Vec a, Vec exponent) {  // a * 2^exponent for a whole exponent; a NaN in either is handed on
-  return {exponent.v == exponent.v ? std::ldexp(a.v, static_cast<int>(exponent.v)) : exponent.v};
+inline float power_of_2(int exponent) {  // -127 < exponent < 128
+  const int32_t bits = (exponent + 127) << 23;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+// a * 2^exponent for a whole exponent in [-252, 254], in two half steps; a NaN in either is handed on.
+inline Vec scale_by_power_of_2(Vec a, Vec exponent) {
+  if (exponent.v != exponent.v) return exponent;
+  const int whole = static_cast<int>(exponent.v);
+  const int half = whole / 2;
+  return {a.v * power_of_2(half) * power_of_2(whole - half)};
 }
 
 inline Mask greater(Vec a, Vec b) { return {a.v > b.v}; }
 inline Vec select(Mask m, Vec if_true, Vec if_false) { return {m.m ? if_true.v : if_false.v}; }
 
-inline Vec max_keep_nan(Vec a, Vec b) { return {a.v != a.v || a.v > b.v ? a.v : b.v}; }  // a NaN in either operand is handed on
-inline Vec min_keep_nan(Vec a, Vec b) { return {a.v != a.v || a.v < b.v ? a.v : b.v}; }
+// A NaN in either operand is handed on.
+inline Vec max_keep_nan(Vec a, Vec b) { return a.v != a.v ? a : max(a, b); }
+inline Vec min_keep_nan(Vec a, Vec b) { return a.v != a.v ? a : min(a, b); }
 
 // The even and the odd elements of the two that a and b hold.
 inline Vec even_lanes(Vec a, Vec) { return a; }
 inline Vec odd_lanes(Vec, Vec b) { return b; }
+
+inline void transpose_tile(const float* in, int64_t, float* out, int64_t) { *out = *in; }
 
 inline float reduce_add(Vec a) { return a.v; }
 inline float reduce_max(Vec a) { return a.v; }

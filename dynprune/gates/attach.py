@@ -189,5 +189,3 @@ def check_site_names(sites: Sequence[Site], names: Iterable[str]) -> None:
         if name not in known:
             near = get_close_matches(name, known, 3, 0.4) or known[:3]
             raise InputError(f"No site is named {name!r}; did you mean one of {near}? All {len(known)} are in `dm.sites`.")
-
-

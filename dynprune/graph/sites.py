@@ -111,9 +111,9 @@ def find_sites(graph: Graph, *, include: tuple[str, ...] = ("*",), exclude: tupl
     if not isinstance(group_size, int) or group_size < 1:
         raise InputError(f"`group_size` must be a whole number >= 1, got {group_size!r}.")
     macs = count_macs(graph)
-    total = sum(macs.values())
-    found, ungated = _channel_sites(graph, macs, total, group_size)
-    branches, without = _branch_sites(graph, macs, total)
+    trace = ChannelTrace(graph)
+    found, ungated = _channel_sites(graph, trace, macs, group_size)
+    branches, without = _branch_sites(graph, trace, macs, {site.name for site in found})
     order = {node.name: i for i, node in enumerate(graph.nodes)}
     candidates = sorted(found + branches, key=lambda site: min(order[name] for name in site.nodes))
     ungated += without
@@ -132,11 +132,10 @@ def find_sites(graph: Graph, *, include: tuple[str, ...] = ("*",), exclude: tupl
             )
         else:
             sites.append(site)
-    return Sites(tuple(sites), tuple(ungated), total, macs)
+    return Sites(tuple(sites), tuple(ungated), sum(macs.values()), macs)
 
 
-def _channel_sites(graph: Graph, macs: dict[str, int], total: int, group_size: int) -> tuple[list[Site], list[Ungated]]:
-    trace = ChannelTrace(graph)
+def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], group_size: int) -> tuple[list[Site], list[Ungated]]:
     sites, ungated = [], []
     for space in trace.spaces:
         readers = [node for node, _ in space.consumers]
@@ -164,7 +163,7 @@ def _channel_sites(graph: Graph, macs: dict[str, int], total: int, group_size: i
                 producers=tuple(node.module_path for node in space.producers),
                 consumers=tuple(Consumer(node.module_path, node.name, repeat) for node, repeat in space.consumers),
                 macs=gone,
-                macs_share=gone / total,
+                macs_share=_share(gone, macs),
                 gate_input=gate_input.name,
                 gate_channels=gate_input.shape[gate_dim],
                 nodes=frozenset(node.name for node in space.members),
@@ -188,11 +187,11 @@ def _module_problem(node: Node, graph: Graph) -> str | None:
     return None
 
 
-def _branch_sites(graph: Graph, macs: dict[str, int], total: int) -> tuple[list[Site], list[Ungated]]:
+def _branch_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], names: set[str]) -> tuple[list[Site], list[Ungated]]:
+    """Returns the branch sites and the additions without one; `names` are taken."""
     branches, refused = find_branches(graph, macs)
-    trace = ChannelTrace(graph)
     ungated = [Ungated(add.module_path or add.name, "neither operand is a branch of what the other is computed from") for add in refused]
-    sites, names = [], set()
+    sites: list[Site] = []
     for branch in branches:
         place = branch.add.module_path
         gate_dim = trace.channel_dim(branch.x)
@@ -204,7 +203,7 @@ def _branch_sites(graph: Graph, macs: dict[str, int], total: int) -> tuple[list[
             continue
         name = place if place and place not in names else f"{place}.{branch.mask_output.rpartition('.')[2]}".lstrip(".")
         name = name if name not in names else branch.add.name
-        names.add(name)
+        names = names | {name}
         gone = sum(macs.get(node.name, 0) for node in branch.nodes)
         sites.append(
             Site(
@@ -215,7 +214,7 @@ def _branch_sites(graph: Graph, macs: dict[str, int], total: int) -> tuple[list[
                 producers=tuple(node.module_path or node.name for node in branch.nodes if node.op in MIXING),
                 consumers=(),
                 macs=gone,
-                macs_share=gone / total,
+                macs_share=_share(gone, macs),
                 gate_input=branch.x.name,
                 gate_channels=branch.x.shape[gate_dim],
                 nodes=frozenset(node.name for node in branch.nodes),
@@ -225,6 +224,11 @@ def _branch_sites(graph: Graph, macs: dict[str, int], total: int) -> tuple[list[
             )
         )
     return sites, ungated
+
+
+def _share(gone: int, macs: dict[str, int]) -> float:
+    total = sum(macs.values())
+    return gone / total if total else 0.0
 
 
 def _select(names: list[str], ungated: list[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> set[str]:

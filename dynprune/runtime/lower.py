@@ -8,6 +8,7 @@ between the engine's steps, on the same memory.
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -23,6 +24,7 @@ from dynprune.runtime.lowering.values import ConstantValue, DraftValue, EngineVa
 from dynprune.runtime.plan import Plan, View
 from dynprune.runtime.views import dense_strides
 
+_NEW_TENSORS = frozenset({"new_zeros", "new_ones", "new_full"})  # take from their argument no more than the dtype
 _TABLES = (elementwise, mixing, normalize, pooling, shapes)  # importing them fills HANDLERS
 
 
@@ -76,9 +78,7 @@ def _walk(draft: Draft) -> None:
 def _value_of(draft: Draft, node: Node) -> DraftValue:
     """Returns the value of a node: computed now if no input changes it, else by the engine if it can, else by PyTorch."""
     if _is_constant(draft, node):
-        args, kwargs = pytree.tree_map(lambda item: draft.values[item].value if isinstance(item, Node) else item, (node.args, node.kwargs))
-        with torch.no_grad():
-            return ConstantValue(node.target(*args, **kwargs))
+        return _computed(draft, node)
     handler = HANDLERS.get(node.op)
     if handler is not None and draft.graph.dynamic_batch and node.dtype in (None, torch.float32):
         try:
@@ -89,6 +89,20 @@ def _value_of(draft: Draft, node: Node) -> DraftValue:
 
 
 def _is_constant(draft: Draft, node: Node) -> bool:
+    if node.op in _NEW_TENSORS and len(node.inputs) == 1 and node.shape is not None and not {None, BATCH}.intersection(node.shape):
+        return True
     values = [draft.values[used] for used in node.inputs]
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return not random and all(isinstance(value, ConstantValue) and not value.repeats for value in values)
+
+
+def _computed(draft: Draft, node: Node) -> ConstantValue:
+    def tensor_of(item: Any) -> Any:
+        if not isinstance(item, Node):
+            return item
+        value = draft.values[item]
+        return value.value if isinstance(value, ConstantValue) else torch.empty(0, dtype=item.dtype)
+
+    args, kwargs = pytree.tree_map(tensor_of, (node.args, node.kwargs))
+    with torch.no_grad():
+        return ConstantValue(node.target(*args, **kwargs))

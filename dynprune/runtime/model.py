@@ -7,9 +7,11 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -21,13 +23,13 @@ from dynprune.errors import CalibrationError, InputError
 from dynprune.gates.attach import Attachment, check_site_names, make_gate
 from dynprune.gates.heads import Gate, gate_key
 from dynprune.graph.capture import Graph
-from dynprune.graph.sites import Site
+from dynprune.graph.sites import Site, Ungated
 from dynprune.runtime.costs import CostTable
 from dynprune.runtime.engine import Engine, Execution
 from dynprune.runtime.explain import explain
 from dynprune.runtime.plan import Plan
 from dynprune.runtime.session import Session, sites_in_common
-from dynprune.runtime.statistics import Stats, StatsRecorder, rows_of_sites
+from dynprune.runtime.statistics import Stats, StatsRecorder
 
 MAX_SESSIONS = 8
 """Plans kept for different input shapes; the one used longest ago goes first."""
@@ -76,6 +78,7 @@ class DynamicModel(nn.Module):
             raise InputError("`model` is a DynamicModel already; wrap its `.model`.")
         self.model = model
         self.gates = nn.ModuleDict()
+        self.training = self.gates.training = model.training
         self.include, self.exclude, self.group_size = tuple(include), tuple(exclude), group_size
         self.frontier: Frontier | None = None
         self.costs: CostTable | None = None
@@ -88,9 +91,11 @@ class DynamicModel(nn.Module):
         self._first: Session | None = None
         self._sessions: OrderedDict[Any, Session] = OrderedDict()
         self._sites: dict[str, Site] = {}
+        self._unhooked: tuple[Ungated, ...] = ()
         self._gate_of: dict[str, Gate] = {}
-        self._watched: list[Tensor] = []
-        self._watched_version = -1
+        self._watched: list[Tensor] | None = None
+        self._watched_version = 0
+        self._on_cpu: bool | None = None
         self._recorder = StatsRecorder()
         self._warned: set[str] = set()
         self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
@@ -259,7 +264,7 @@ class DynamicModel(nn.Module):
     def explain(self) -> str:
         """Returns a table of every step, where it runs, its site and cost, and of every place without a gate and why."""
         session = self._captured()
-        return explain(session.plan, session.sites, self.attachment.ungated, self._gate_of, self.costs)
+        return explain(session.plan, session.sites, self._unhooked, self._gate_of, self.costs)
 
     def engine_for(self, *inputs: Any, **kwargs: Any) -> Engine:
         """Returns the engine that runs inputs of these shapes."""
@@ -308,7 +313,6 @@ class DynamicModel(nn.Module):
         if self._first is not None:
             twin._session_for(*copy.deepcopy(self._example, memo))
             twin.gates.load_state_dict(self.gates.state_dict())
-        twin.train(self.training)
         twin._level, twin._num_threads, twin._policy = self._level, self._num_threads, self._policy
         if self.frontier is not None:
             twin.set_frontier(self.frontier, self.costs)
@@ -324,6 +328,7 @@ class DynamicModel(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         result = super()._apply(fn, recurse)
+        self._on_cpu = None
         self.refresh()
         return result
 
@@ -364,12 +369,13 @@ class DynamicModel(nn.Module):
 
     def _take_sites(self, session: Session) -> None:
         """Makes the gates of the sites that the first capture found."""
-        gates = {site.name: make_gate(self.model, site) for site in session.sites.sites}
-        self.attachment = Attachment(self.model, session.sites.sites, self.gates, session.graph)
-        self._sites = {site.name: site for site in self.attachment.sites}
-        session.sites = sites_in_common(session.sites, self._sites)
+        hooked = Attachment(self.model, session.sites.sites, self.gates, session.graph)
+        session.sites = sites_in_common(session.sites, {site.name: site for site in hooked.sites})
         honoured = {site.name for site in session.plan.sites}
-        self._sites = {name: site for name, site in self._sites.items() if name in honoured}
+        self.attachment = Attachment(self.model, [site for site in hooked.sites if site.name in honoured], self.gates, session.graph)
+        self._unhooked = hooked.ungated
+        self._sites = {site.name: site for site in self.attachment.sites}
+        gates = {site.name: make_gate(self.model, site) for site in self.attachment.sites}
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         for name in self._sites:
             self.gates[gate_key(name)] = gates[name].to(device).train(self.training)
@@ -382,16 +388,18 @@ class DynamicModel(nn.Module):
         return self._first
 
     def _engine_of(self, session: Session) -> Engine:
-        if self._watched_version != sum(map(_version, self._watched)) or not self._watched:
+        if self._watched is None or self._watched_version != sum(map(_VERSION, self._watched)):
             self._refresh_sessions(weights=True)
-            self._watched = [*self.model.parameters(), *self.model.buffers(), *self.gates.parameters(), *self.gates.buffers()]
-            self._watched_version = sum(map(_version, self._watched))
+            tensors = (*self.model.parameters(), *self.model.buffers(), *self.gates.parameters())
+            # Counters are not folded into any weight, and tensors made in inference mode count no versions.
+            self._watched = [t for t in tensors if t.is_floating_point() and not t.is_inference()]
+            self._watched_version = sum(map(_VERSION, self._watched))
         return session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
 
     def _refresh_sessions(self, *, weights: bool) -> None:
         for session in [*self._sessions.values(), *([self._first] if self._first else [])]:
             session.refresh(weights=weights)
-        self._watched = []
+        self._watched = None
 
     def _runs_on_engine(self, inputs: list[Tensor]) -> bool:
         if self.training or any(x.device.type != "cpu" for x in inputs):
@@ -399,7 +407,9 @@ class DynamicModel(nn.Module):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.model.parameters())):
             self._warn_once("grad", "Gradients are enabled, so this call runs on PyTorch; use torch.no_grad() to run on the engine.")
             return False
-        return all(p.device.type == "cpu" for p in self._watched) if self._watched else _on_cpu(self.model)
+        if self._on_cpu is None:
+            self._on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
+        return self._on_cpu
 
     def _next_level(self, inputs: list[Tensor]) -> tuple[float, Any]:
         sample = None if self._monitor is None else self._monitor.sample()
@@ -422,13 +432,14 @@ class DynamicModel(nn.Module):
         if self._controller is not None and level is not None:
             missed = latency_ms > self._controller.budget_ms
             self._controller.observe(latency_ms, execution.predicted_ms, level=level, work=float(batch), guarded=execution.guard_actions > 0)
-        names, totals = session.site_rows
+        totals = session.totals
         self._recorder.add(
             samples=batch,
             latency_ms=latency_ms,
             macs=execution.macs,
-            all_macs=float(session.plan.macs * batch),
-            rows=rows_of_sites(names, totals, execution.counts),
+            all_macs=totals.macs * batch,
+            sites=totals.sites,
+            rows=np.stack((execution.counts.sum(1), totals.rows * batch)),
             level=execution.level,
             missed=missed,
             guard_actions=execution.guard_actions,
@@ -440,10 +451,6 @@ class DynamicModel(nn.Module):
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _version(tensor: Tensor) -> int:
-    """Returns how often a tensor was written in place; 0 for one made in inference mode, which does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+_VERSION = attrgetter("_version")
+"""How often a tensor was written in place."""
 
-
-def _on_cpu(model: nn.Module) -> bool:
-    return all(p.device.type == "cpu" for p in model.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,15 @@ from dynprune.runtime.lower import lower
 from dynprune.runtime.plan import Plan
 
 
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """Multiply-adds of one sample of the whole model, and the names and rows of the plan's sites."""
+
+    macs: float
+    sites: tuple[str, ...]
+    rows: np.ndarray
+
+
 class Session:
     """A model for one set of input shapes (any batch size): captured at once, lowered when it first runs on the engine.
 
@@ -36,7 +46,7 @@ class Session:
         self._lock = threading.Lock()
         self._plan: Plan | None = None
         self._engine: Engine | None = None
-        self._site_rows: tuple[list[str], np.ndarray] | None = None
+        self._totals: Totals | None = None
 
     @property
     def plan(self) -> Plan:
@@ -45,12 +55,13 @@ class Session:
             return self._lowered()
 
     @property
-    def site_rows(self) -> tuple[list[str], np.ndarray]:
-        """Names of the plan's sites, and how many rows each has."""
-        if self._site_rows is None:
+    def totals(self) -> Totals:
+        """What a run of everything would be."""
+        if self._totals is None:
             sites = self.plan.sites
-            self._site_rows = [site.name for site in sites], np.array([site.num_channels for site in sites], np.int64)
-        return self._site_rows
+            rows = np.array([site.num_channels for site in sites], np.int64)
+            self._totals = Totals(float(self.plan.macs), tuple(site.name for site in sites), rows)
+        return self._totals
 
     def engine(self, gates: Mapping[str, Gate], *, costs: CostTable | None, num_threads: int) -> Engine:
         """Returns the engine, which is made at the first use and after `refresh`."""
@@ -68,7 +79,7 @@ class Session:
         with self._lock:
             self._engine = None
             if weights:
-                self._plan = self._site_rows = None
+                self._plan = self._totals = None
 
     def trim(self) -> None:
         """Lets go of memory that no run uses."""

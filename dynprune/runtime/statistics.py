@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +62,7 @@ class StatsRecorder:
         with self._lock:
             self._inferences = self._samples = self._misses = self._guard_actions = 0
             self._macs = self._all_macs = 0.0
-            self._ran: dict[str, float] = {}
-            self._could_run: dict[str, float] = {}
+            self._rows: dict[tuple[str, ...], np.ndarray] = {}
             self._latencies_ms: deque[float] = deque(maxlen=WINDOW)
             self._level: float | None = None
 
@@ -75,7 +73,8 @@ class StatsRecorder:
         latency_ms: float,
         macs: float,
         all_macs: float,
-        rows: Mapping[str, tuple[float, float]],
+        sites: tuple[str, ...],
+        rows: np.ndarray,
         level: float,
         missed: bool,
         guard_actions: int,
@@ -86,7 +85,8 @@ class StatsRecorder:
             samples: in the call's batch.
             latency_ms: of the call.
             macs, all_macs: multiply-adds executed, and of the whole model, for the batch.
-            rows: by site name, how many rows ran in the batch and how many there were.
+            sites: names of the sites that `rows` counts.
+            rows: (2, sites), how many rows of each ran in the batch and how many there were.
             level: at the end of the call.
             missed: whether it took longer than its budget.
             guard_actions: how often the deadline raised the level.
@@ -100,19 +100,22 @@ class StatsRecorder:
             self._all_macs += all_macs
             self._latencies_ms.append(latency_ms)
             self._level = level
-            for name, (ran, total) in rows.items():
-                self._ran[name] = self._ran.get(name, 0.0) + ran
-                self._could_run[name] = self._could_run.get(name, 0.0) + total
+            known = self._rows.get(sites)
+            self._rows[sites] = rows if known is None else known + rows
 
     def summary(self, *, level: float, budget_ms: float | None) -> Stats:
         """Returns the statistics so far; `level` stands in before the first call."""
         with self._lock:
             latencies = list(self._latencies_ms)
+            rows: dict[str, np.ndarray] = {}
+            for names, table in self._rows.items():
+                for name, column in zip(names, table.T):
+                    rows[name] = rows.get(name, 0) + column
             return Stats(
                 inferences=self._inferences,
                 samples=self._samples,
                 skip_rate=1.0 - self._macs / self._all_macs if self._all_macs else 0.0,
-                site_skip_rates={name: 1.0 - self._ran[name] / total for name, total in self._could_run.items() if total},
+                site_skip_rates={name: 1.0 - float(ran / could) for name, (ran, could) in rows.items()},
                 latency_ms=LatencyPercentiles(*(percentiles(latencies) if latencies else [float("nan")] * 3)),
                 budget_ms=budget_ms,
                 budget_misses=self._misses,
@@ -120,9 +123,3 @@ class StatsRecorder:
                 level=level if self._level is None else self._level,
             )
 
-
-def rows_of_sites(names: list[str], totals: np.ndarray, counts: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Returns by site name how many rows ran in a batch and how many there were; `counts` is (sites, batch), `totals` (sites,)."""
-    ran = counts.sum(1).tolist()
-    could = (totals * counts.shape[1]).tolist()
-    return dict(zip(names, zip(ran, could)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 FLOOR = 0.25
 """No site keeps less than this share, so that no layer collapses."""
@@ -47,7 +48,7 @@ class Sensitivity:
     def error(self, keep: float) -> float:
         """Returns the error at a keep ratio between the floor and 1."""
         skip = 1 - keep
-        for (a, low), (b, high) in zip(self._hull, self._hull[1:]):
+        for (a, low), (b, high) in pairwise(self._hull):
             if skip <= b + 1e-12:
                 return low + (high - low) * (skip - a) / (b - a)
         return self._hull[-1][1]
@@ -100,16 +101,16 @@ def _time_slopes(costs: Sequence[StepCost], keep: Mapping[str, float]) -> dict[s
         shares = [keep.get(name, 1.0) for name in cost.sites]
         branches = [keep.get(name, 1.0) for name in cost.branches]
         scaled, outer = cost.scaled_ms * math.prod(shares), math.prod(branches)
-        for name, share in zip(cost.sites, shares):
+        for name, share in zip(cost.sites, shares, strict=True):
             slopes[name] = slopes.get(name, 0.0) + scaled / share * outer
-        for name, share in zip(cost.branches, branches):
+        for name, share in zip(cost.branches, branches, strict=True):
             slopes[name] = slopes.get(name, 0.0) + (cost.fixed_ms + scaled) * outer / share
     return slopes
 
 
 def _interpolate(points: list[tuple[float, float]], x: float) -> float:
     """Returns y at x on the line through `points`, which fall in x; beyond the last point the last slope goes on."""
-    for (right, low), (left, high) in zip(points, points[1:]):
+    for (right, low), (left, high) in pairwise(points):
         if x >= left or (left, high) == points[-1]:
             return low + (high - low) * (right - x) / (right - left)
     return points[0][1]

@@ -30,10 +30,10 @@ from dynprune.training.samples import Chunk, nth_sample, read_samples, split, ta
 from dynprune.training.scores import fit_channels, record_channels, record_pooled
 from dynprune.training.sensitivity import Metric, agreement, branch_errors, channel_errors, fit_branch, joint_thresholds
 
-SENSITIVITY_SECONDS = 25.0
-LEVELS_SECONDS = 25.0
+SENSITIVITY_SECONDS = 20.0
+LEVELS_SECONDS = 10.0
 """Time for measuring each site alone, and all sites together at each level; they decide how many samples are used there."""
-LATENCY_SECONDS = 0.15
+LATENCY_SECONDS = 0.1
 """Timed seconds per level."""
 LEAST_SAMPLES = 32
 
@@ -110,7 +110,8 @@ class _Calibration:
         self.attachment = dm.attachment
         self.sites: dict[str, Site] = {site.name: site for site in dm.sites}
         self.gated = [self.sites[site.name] for site in plan.sites]
-        self.fitted, self.held_out = split(chunks, splittable=plan.fixed_batch is None)
+        self.splittable = plan.fixed_batch is None
+        self.fitted, self.held_out = split(chunks, splittable=self.splittable)
 
     def run(self) -> tuple[Frontier, CostTable]:
         """Returns the frontier and the cost table; the gates are fitted."""
@@ -126,8 +127,7 @@ class _Calibration:
         """Fits the gate of every site that the plan gates, and returns how much the output suffers when that site alone is gated."""
         records = record_channels(self.attachment, self.fitted)
         runs = sum(4 if site.kind == "channels" else 2 for site in self.gated)
-        count = self._affordable(SENSITIVITY_SECONDS, runs)
-        held_out, fitted = take(self.held_out, count), take(self.fitted, count)
+        held_out, fitted = (self._affordable(chunks, SENSITIVITY_SECONDS, runs) for chunks in (self.held_out, self.fitted))
         references = [self._whole(chunk) for chunk in held_out]
         fit_references = [self._whole(chunk) for chunk in fitted]
         pooled, fit_pooled = record_pooled(self.attachment, held_out), record_pooled(self.attachment, fitted)
@@ -154,7 +154,7 @@ class _Calibration:
             scores = self.attachment.gate(name).score(pooled[name])
             all_run = scores.min() - scores.std(correction=0) - 1e-3
             curves[name] = [all_run] * self.levels
-        chunks = take(self.fitted, self._affordable(LEVELS_SECONDS, 2 * self.levels))
+        chunks = self._affordable(self.fitted, LEVELS_SECONDS, 2 * self.levels)
         for level in range(1, self.levels):
             self.report(0.55 + 0.15 * level / self.levels, f"setting level {level} of {self.levels - 1}")
             for name, threshold in joint_thresholds(self.attachment, chunks, keeps[level]).items():
@@ -165,7 +165,7 @@ class _Calibration:
             gate.calibrated.fill_(True)
 
     def _frontier(self, table: CostTable) -> tuple[Frontier, CostTable]:
-        chunks = take(self.held_out, self._affordable(LEVELS_SECONDS, 2 * self.levels))
+        chunks = self._affordable(self.held_out, LEVELS_SECONDS, 2 * self.levels)
         references = [self._whole(chunk) for chunk in chunks]
         latencies_ms = self._latencies_ms()
         level_ms, points = [], []
@@ -198,9 +198,9 @@ class _Calibration:
 
     def _accuracy(self, chunks: list[Chunk], outputs: list[Any], references: list[Any]) -> float:
         if self.metric is None:
-            values = [agreement(output, reference) for output, reference in zip(outputs, references)]
+            values = [agreement(output, reference) for output, reference in zip(outputs, references, strict=True)]
         else:
-            values = [float(self.metric(output, chunk.labels)) for output, chunk in zip(outputs, chunks)]
+            values = [float(self.metric(output, chunk.labels)) for output, chunk in zip(outputs, chunks, strict=True)]
         return float(np.average(values, weights=[chunk.size for chunk in chunks]))
 
     def _engine(self) -> Engine:
@@ -209,24 +209,23 @@ class _Calibration:
 
     def _single(self, number: int) -> list[Tensor]:
         """Returns the flattened input of one held-out sample, or a whole chunk for a model of a fixed batch size."""
-        if self.plan.fixed_batch is not None:
-            chunk = self.held_out[number % len(self.held_out)]
-        else:
-            chunk = nth_sample(self.held_out, number)
+        chunk = self.held_out[number % len(self.held_out)] if not self.splittable else nth_sample(self.held_out, number)
         return self.dm.flat_inputs(*chunk.args, **chunk.kwargs)
 
     def _whole(self, chunk: Chunk) -> Any:
         return self.dm.model(*chunk.args, **chunk.kwargs)
 
     def _seconds_per_sample(self) -> float:
+        self._whole(self.held_out[0])
         began = time.perf_counter()
         for chunk in self.held_out:
             self._whole(chunk)
         return (time.perf_counter() - began) / sum(chunk.size for chunk in self.held_out)
 
-    def _affordable(self, seconds: float, runs: int) -> int:
-        """Returns how many samples can pass `runs` times in about `seconds`, at least 32."""
-        return max(LEAST_SAMPLES, int(seconds / (runs * self.seconds_per_sample)))
+    def _affordable(self, chunks: list[Chunk], seconds: float, runs: int) -> list[Chunk]:
+        """Returns as many of the samples as can pass `runs` times in about `seconds`, at least 32."""
+        count = max(LEAST_SAMPLES, int(seconds / (runs * self.seconds_per_sample)))
+        return take(chunks, count, splittable=self.splittable)
 
 
 @contextmanager

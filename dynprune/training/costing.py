@@ -17,6 +17,8 @@ from dynprune.training.allocation import StepCost
 
 RUNS = 9
 """Profiled runs per keep ratio; the median counts."""
+LEAST_SCALED = 0.1
+"""A gated step's time follows its rows at least to this share, however noisy the two measurements were."""
 
 
 def measure_costs(engine: Engine, inputs: Sequence[Tensor], sites: Mapping[str, Site]) -> CostTable:
@@ -51,7 +53,8 @@ def measure_costs(engine: Engine, inputs: Sequence[Tensor], sites: Mapping[str, 
         rest_ms = 0.0
     shares = np.array([0.5 ** len(_channel_sites(plan, step)) for step in plan.steps])
     gated = shares < 1
-    scaled_ms = np.where(gated, np.clip((whole_ms - half_ms) / np.where(gated, 1 - shares, 1.0), 0, whole_ms), 0.0)
+    saved_ms = (whole_ms - half_ms) / np.where(gated, 1 - shares, 1.0)
+    scaled_ms = np.where(gated, np.clip(saved_ms, LEAST_SCALED * whole_ms, whole_ms), 0.0)
     fixed_ms = whole_ms - scaled_ms
     unseen = np.array([step.torch_call is not None for step in plan.steps])
     if not unseen.any():
@@ -64,7 +67,7 @@ def step_costs(plan: Plan, table: CostTable) -> list[StepCost]:
     """Returns the cost of each step with the names of the sites it depends on."""
     return [
         StepCost(fixed, scaled, tuple(_channel_sites(plan, step)), tuple(plan.sites[i].name for i in step.branches))
-        for step, fixed, scaled in zip(plan.steps, table.fixed_ms, table.scaled_ms)
+        for step, fixed, scaled in zip(plan.steps, table.fixed_ms, table.scaled_ms, strict=True)
     ]
 
 

@@ -40,7 +40,7 @@ class Chunk:
 
 
 def read_samples(inputs: Iterable[Any], *, labelled: bool, num_inputs: int | None, splittable: bool = True) -> list[Chunk]:
-    """Returns the batches of `inputs` as chunks of at most 64 samples, together at most 1024 (whole batches if not `splittable`).
+    """Returns the samples of `inputs`, shuffled, in chunks of 64; at most 1024 samples.
 
     A batch is a tensor, a tuple or list of the model's arguments, a dict of its keyword arguments, or a pair of one of these and
     labels.
@@ -49,7 +49,7 @@ def read_samples(inputs: Iterable[Any], *, labelled: bool, num_inputs: int | Non
         inputs: iterable of batches.
         labelled: whether labels are needed; then each batch is a pair.
         num_inputs: how many tensors the model takes, to recognise pairs that carry labels nobody needs; None if not known.
-        splittable: False keeps the caller's batches, for a model of a fixed batch size.
+        splittable: False keeps the caller's batches as they are, for a model of a fixed batch size.
 
     Raises:
         CalibrationError: nothing usable, NaN or Inf (the message names the batch), or labels are missing.
@@ -62,22 +62,23 @@ def read_samples(inputs: Iterable[Any], *, labelled: bool, num_inputs: int | Non
         whole = _chunk(batch, number, labelled, num_inputs)
         _check_finite(whole, number)
         size = min(whole.size, MAX_SAMPLES - total) if splittable else whole.size
-        step = CHUNK if splittable else whole.size
-        chunks += [whole.part(first, min(first + step, size)) for first in range(0, size, step)]
+        chunks.append(whole.part(0, size))
         total += size
         if total >= MAX_SAMPLES:
             break
     if total < 2:
         raise CalibrationError(f"Calibration needs at least 2 samples, a few hundred for good gates; `inputs` held {total}.")
-    return _merged(chunks) if splittable else chunks
+    return _shuffled(chunks) if splittable else chunks
 
 
-def take(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
-    """Returns about `count` samples, the same share of every chunk, at least one of each."""
-    total = sum(chunk.size for chunk in chunks)
-    if count >= total:
-        return list(chunks)
-    return [chunk.part(0, max(1, chunk.size * count // total)) for chunk in chunks]
+def take(chunks: Sequence[Chunk], count: int, *, splittable: bool = True) -> list[Chunk]:
+    """Returns the first `count` samples (or at least so many, in whole chunks, if not `splittable`)."""
+    taken: list[Chunk] = []
+    for chunk in chunks:
+        if count > 0:
+            taken.append(chunk if chunk.size <= count or not splittable else chunk.part(0, count))
+            count -= chunk.size
+    return taken
 
 
 def split(chunks: Sequence[Chunk], *, splittable: bool = True) -> tuple[list[Chunk], list[Chunk]]:
@@ -108,7 +109,7 @@ def _chunk(batch: Any, number: int, labelled: bool, num_inputs: int | None) -> C
         batch, labels = batch
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         first = [leaf for leaf in pytree.tree_leaves(batch[0]) if isinstance(leaf, Tensor)]
-        if not isinstance(batch[0], Tensor) or num_inputs == 1 and len(first) == 1:
+        if not isinstance(batch[0], Tensor) or (num_inputs == 1 and len(first) == 1):
             batch = batch[0]
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})
     sizes = {x.shape[0] if x.ndim else 0 for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
@@ -126,28 +127,26 @@ def _check_finite(chunk: Chunk, number: int) -> None:
             raise CalibrationError(f"Batch {number} of the calibration inputs holds NaN or Inf; remove or repair it.")
 
 
-def _merged(chunks: list[Chunk]) -> list[Chunk]:
-    """Joins neighbours of equal structure while they stay within a chunk's size, so that small batches do not cost time."""
-    merged: list[Chunk] = []
+def _shuffled(chunks: list[Chunk]) -> list[Chunk]:
+    """Returns the samples in a random but always the same order, in full chunks, those of one structure and shape together."""
+    alike: dict[Any, list[Chunk]] = {}
     for chunk in chunks:
-        last = merged[-1] if merged else None
-        if last is not None and last.size + chunk.size <= CHUNK and _signature(last) == _signature(chunk):
-            merged[-1] = _joined(last, chunk)
-        else:
-            merged.append(chunk)
-    return merged
+        leaves, spec = pytree.tree_flatten((chunk.args, chunk.kwargs))
+        described = tuple((x.shape[1:], x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+        alike.setdefault((described, str(spec)), []).append(chunk)
+    return [part for group in alike.values() for part in _rechunked(group)]
 
 
-def _signature(chunk: Chunk) -> tuple:
-    leaves, spec = pytree.tree_flatten((chunk.args, chunk.kwargs))
-    described = tuple((x.shape[1:], x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-    return described, str(spec), type(chunk.labels)
-
-
-def _joined(a: Chunk, b: Chunk) -> Chunk:
-    leaves, spec = pytree.tree_flatten((a.args, a.kwargs))
-    others = pytree.tree_leaves((b.args, b.kwargs))
-    both = [torch.cat([x, y]) if isinstance(x, Tensor) else x for x, y in zip(leaves, others)]
-    args, kwargs = pytree.tree_unflatten(both, spec)
-    labels = torch.cat([a.labels, b.labels]) if isinstance(a.labels, Tensor) else None if a.labels is None else [*a.labels, *b.labels]
-    return Chunk(args, kwargs, labels, a.size + b.size)
+def _rechunked(group: list[Chunk]) -> list[Chunk]:
+    leaves = [pytree.tree_leaves((chunk.args, chunk.kwargs)) for chunk in group]
+    spec = pytree.tree_structure((group[0].args, group[0].kwargs))
+    order = torch.randperm(sum(chunk.size for chunk in group), generator=torch.Generator().manual_seed(0))
+    columns = [torch.cat(column)[order] if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)]
+    args, kwargs = pytree.tree_unflatten(columns, spec)
+    if isinstance(group[0].labels, Tensor):
+        labels = torch.cat([chunk.labels for chunk in group])[order]
+    else:
+        labels = None if group[0].labels is None else [label for chunk in group for label in chunk.labels]
+        labels = labels and [labels[i] for i in order.tolist()]
+    whole = Chunk(args, kwargs, labels, len(order))
+    return [whole.part(first, min(first + CHUNK, whole.size)) for first in range(0, whole.size, CHUNK)]

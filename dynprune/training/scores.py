@@ -166,7 +166,7 @@ def _ridge(svd: tuple[Tensor, Tensor, Tensor], y: Tensor, penalty: float) -> Ten
 def _contributions(site: Site, record: SiteRecord, means: Tensor) -> Tensor:
     """Returns (N, num_groups): the L2 norm of what each group adds to all consumers beyond its constant."""
     total = 0.0
-    for consumer, mean in zip(record.consumers, means):
+    for consumer, mean in zip(record.consumers, means, strict=True):
         sums, squares = torch.cat(consumer.sums).double(), torch.cat(consumer.squares).double()
         energy = squares - 2 * mean * sums + consumer.positions * mean.square()
         total = total + energy.clamp_min(0) * consumer.norms.double().square()

@@ -64,7 +64,7 @@ def channel_errors(
 
     def error(keep: float) -> float:
         threshold = quantile(gate.score(pooled), 1 - keep).item()
-        runs = zip(chunks, references)
+        runs = zip(chunks, references, strict=True)
         return torch.cat([output_errors(_run_at(attachment, c, site, threshold), reference) for c, reference in runs]).mean().item()
 
     def half(fit: ChannelFit) -> float:
@@ -87,13 +87,12 @@ def fit_branch(attachment: Attachment, site: Site, pooled: Tensor, chunks: list[
     loss = _losses_without(attachment, site, chunks, references).double()
     target = (loss + 1e-3 * loss.mean() + 1e-12).log()
     gate = attachment.gate(site.name)
-    for parameter, value in zip((gate.down, gate.up, gate.bias), Regression(pooled.double()).low_rank(target[:, None], gate.down.shape[0])):
+    fitted = Regression(pooled.double()).low_rank(target[:, None], gate.down.shape[0])
+    for parameter, value in zip((gate.down, gate.up, gate.bias), fitted, strict=True):
         parameter.copy_(value)
 
 
-def branch_errors(
-    attachment: Attachment, site: Site, pooled: Tensor, chunks: list[Chunk], references: list[Any]
-) -> dict[float, float]:
+def branch_errors(attachment: Attachment, site: Site, pooled: Tensor, chunks: list[Chunk], references: list[Any]) -> dict[float, float]:
     """Returns the mean output error by keep ratio of a branch with a fitted gate; arguments as for `fit_branch`.
 
     As samples do not depend on each other, one run without the branch gives the error at any keep ratio.
@@ -147,5 +146,5 @@ def _run_at(attachment: Attachment, chunk: Chunk, gated: Site, threshold: float)
 
 def _losses_without(attachment: Attachment, site: Site, chunks: list[Chunk], references: list[Any]) -> Tensor:
     """Returns the output error (N,) of each sample when none runs the branch."""
-    runs = zip(chunks, references)
+    runs = zip(chunks, references, strict=True)
     return torch.cat([output_errors(_run_at(attachment, chunk, site, float("inf")), reference) for chunk, reference in runs])

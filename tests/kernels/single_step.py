@@ -33,12 +33,12 @@ def run_step(
     lists: list[np.ndarray] | None = None,
     gated: str = "both",
     branch: list[bool] | None = None,
-    num_threads: int = 1,
     **attributes,
 ) -> np.ndarray:
     """Returns the output (batch, rows, positions) of one step; rows that it did not write are NaN.
 
-    Asserts that nothing outside the output's rows was written. Every buffer has NaN between its rows.
+    Every buffer has NaN between its rows. Runs on one thread and on two, which cut the step differently and (on one) may write without
+    scratch; asserts that both give the same bits and that neither writes outside the output's rows.
 
     Args:
         isa: the instruction set.
@@ -48,7 +48,6 @@ def run_step(
         lists: active channels per sample; default None means that the step is not gated.
         gated: "both" or "in": which side follows `lists`.
         branch: per sample whether the step's branch is on; default None means that it has none.
-        num_threads: threads of the run.
         attributes: `ints`, `floats`, `constants` of the step.
     """
     batch = inputs[0].shape[0] if inputs else (len(lists) if lists is not None else 1)
@@ -57,8 +56,7 @@ def run_step(
         buffer, operand = _strided(values, number)
         buffers.append(buffer)
         operands.append(operand)
-    output, out_operand = _strided(np.full((batch, *out_shape), np.nan, np.float32), len(inputs))
-    step = {"op": op, "name": op, "inputs": operands, "output": out_operand, **attributes}
+    step = {"op": op, "name": op, "inputs": operands, **attributes}
     sites, active = [], []
     if lists is not None:
         step["in_site"] = 0
@@ -69,8 +67,13 @@ def run_step(
         step["branches"] = [len(sites)]
         sites.append(1)
         active.append([[0] if on else [] for on in branch])
-    run_on_buffers(isa, step, [*buffers, output], sites=sites, active=active, num_threads=num_threads)
-    return _unstrided(output, out_operand)
+    results = []
+    for num_threads in (1, 2):
+        output, step["output"] = _strided(np.full((batch, *out_shape), np.nan, np.float32), len(inputs))
+        run_on_buffers(isa, step, [*buffers, output], sites=sites, active=active, num_threads=num_threads)
+        results.append(_unstrided(output, step["output"]))
+    np.testing.assert_array_equal(*results, err_msg="one thread and two threads differ")
+    return results[0]
 
 
 def _strided(values: np.ndarray, number: int) -> tuple[np.ndarray, tuple[int, int, int, int, int]]:

@@ -35,7 +35,7 @@ def conv_reference(x, weight, bias, shape):
 class ConvCase:
     """A conv step with random weights, inputs masked by lists, poisoned outputs, and what PyTorch makes of them."""
 
-    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False):
+    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0):
         channels, outputs, height, width, kernel, stride, padding, dilation, groups = shape
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ class ConvCase:
             for sample, chosen in enumerate(self.in_lists):
                 inactive = np.setdiff1d(np.arange(channels), chosen)
                 self.want[sample] += matrix[:, inactive].sum(1)[:, None, None]
-        self.x = self._compact(x.flatten(2), self.in_lists)
+        self.x = self._compact(x.flatten(2), self.in_lists, slack)
         self.y = np.full((batch, outputs * positions), np.nan, np.float32)
         self.buffers = [self.x, self.y]
         inputs = [(0, 0, channels, height * width, height * width)]
@@ -99,8 +99,8 @@ class ConvCase:
         return len(self.sites) - 1
 
     @staticmethod
-    def _compact(x, lists):
-        buffer = np.full((x.shape[0], x.shape[1] * x.shape[2]), np.nan, np.float32)
+    def _compact(x, lists, slack):
+        buffer = np.full((x.shape[0], x.shape[1] * x.shape[2] + slack), np.nan, np.float32)
         for sample in range(x.shape[0]):
             rows = x[sample] if lists is None else x[sample, torch.as_tensor(lists[sample], dtype=torch.long)]
             buffer[sample, : rows.numel()] = rows.reshape(-1).numpy()
@@ -142,6 +142,14 @@ def test_residual_is_added_before_the_activation(isa, in_kind):
 @pytest.mark.parametrize("out_kind", [None, "random"])
 def test_compensation_adds_the_inactive_columns(isa, name, in_kind, out_kind):
     ConvCase(SHAPES[name], 2, in_kind, out_kind, seed=9, compensation=True).check(isa)
+
+
+@pytest.mark.parametrize("out_kind", [None, "random"])
+@pytest.mark.parametrize("in_kind", [None, *LIST_KINDS])
+@pytest.mark.parametrize("name", ["1x1", "1x1-lanes", "one-pixel"])
+def test_planes_read_in_place(isa, name, in_kind, out_kind):
+    """With room behind the input, 1x1 convolutions read whole tiles straight from the planes; what lies behind is NaN here."""
+    ConvCase(SHAPES[name], 3, in_kind, out_kind, seed=13, slack=256).check(isa)
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])

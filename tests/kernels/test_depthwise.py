@@ -35,7 +35,7 @@ def shape_id(shape):
     return f"c{channels}h{height}w{width}k{kernel}s{stride}p{padding}d{dilation}"
 
 
-def depthwise(isa, x, weight, bias, shape, *, lists=None, activation=None, num_threads=1):
+def depthwise(isa, x, weight, bias, shape, *, lists=None, activation=None):
     channels, height, width, kernel, stride, padding, dilation = shape
     out_h, out_w = ((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for size in (height, width))
     ints = {
@@ -61,7 +61,6 @@ def depthwise(isa, x, weight, bias, shape, *, lists=None, activation=None, num_t
         ints=ints,
         floats=floats,
         constants=constants,
-        num_threads=num_threads,
     )
     y = F.conv2d(
         *(torch.from_numpy(a).double() for a in (x, weight, bias)), stride=stride, padding=padding, dilation=dilation, groups=channels
@@ -106,10 +105,10 @@ def test_activation(isa, activation, function):
     assert_close(got, function(want))
 
 
-def test_threads_cut_it_into_chunks_with_the_same_result(isa):
+def test_many_chunks(isa):
     shape = (64, 56, 56, 3, 1, 1, 1)
     _, x, weight, bias = random_case(shape, 1, 3)
-    got, want = depthwise(isa, x, weight, bias, shape, num_threads=2)
+    got, want = depthwise(isa, x, weight, bias, shape)
     assert_close(got, want)
 
 

@@ -1,9 +1,11 @@
-// What the operations on rows share: the output is cut into blocks of rows by positions, a chunk is one block, and commit copies it.
+// What the operations on rows share: the output is cut into blocks of rows by positions, a chunk is one block. It is computed into
+// scratch and committed by copying; where computing costs no more than that copy, or one thread runs the plan, commit does it all.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "plan/op.h"
@@ -21,13 +23,18 @@ inline int64_t wanted_chunks(double total_ns, int num_threads) {
 // Results of a chunk lie in scratch until they are committed: this many floats keep them in the first two levels of cache.
 constexpr int64_t kMaxBlockFloats = 16 * 1024;
 
+// When a block may be computed straight into the output, inside commit. `kCheap` is for what is bound by reading and writing anyway: then
+// a copy from scratch would hold the commit up for as long.
+enum class Direct { kNever, kAlone, kCheap };
+
 // How an output may be cut.
 struct BlockLimits {
   bool split_rows = true;
-  int64_t unit = 16;                       // positions are cut at multiples of it
-  int64_t row_multiple = 1;                // a row takes this multiple of floats in scratch (whole vectors for some kernels)
-  int64_t max_floats = kMaxBlockFloats;    // of one block, where the limits above allow it
-  double total_ns = 0.0;                   // expected time of one sample on one thread
+  int64_t unit = 16;                     // positions are cut at multiples of it
+  int64_t row_multiple = 1;              // a row takes this multiple of floats in scratch (whole vectors for some kernels)
+  int64_t max_floats = kMaxBlockFloats;  // of one block, where the limits above allow it
+  double total_ns = 0.0;                 // expected time of one sample on one thread
+  Direct direct = Direct::kNever;
 };
 
 class BlockOp : public Op {
@@ -36,15 +43,21 @@ class BlockOp : public Op {
   int64_t scratch_floats() const final { return extra_offset_ + extra_floats_; }
 
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const final {
+    if (direct_) return;
     const Block block = block_of(run, sample, part);
     if (block.rows.end > block.rows.begin) compute_block(run, sample, block, scratch, scratch + extra_offset_);
   }
 
   void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const final {
-    const Block block = block_of(run, sample, part);
+    Block block = block_of(run, sample, part);
     const int64_t rows = block.rows.end - block.rows.begin;
     if (rows <= 0) return;
     float* out = run.row(spec_.output, sample, block.rows.begin) + block.positions.begin;
+    if (direct_) {
+      block.stride = spec_.output.row_stride;
+      compute_block(run, sample, block, out, scratch + extra_offset_);
+      return;
+    }
     const int64_t length = block.positions.end - block.positions.begin;
     if (block.stride == length && spec_.output.row_stride == length) {
       std::memcpy(out, scratch, rows * length * sizeof(float));
@@ -57,7 +70,7 @@ class BlockOp : public Op {
   struct Block {
     Range rows;            // among the rows that run
     Range positions;
-    int64_t stride;        // of the block's rows in scratch
+    int64_t stride;        // of the block's rows where they are computed
     const int32_t* index;  // true channels of all rows that run; nullptr: row i is channel i
   };
 
@@ -80,7 +93,8 @@ class BlockOp : public Op {
     const int64_t fitting_rows = std::max<int64_t>(1, limits.max_floats / length);
     row_parts_ = std::max((out.rows + fitting_rows - 1) / fitting_rows, (wanted + position_parts_ - 1) / position_parts_);
     row_parts_ = std::clamp<int64_t>(row_parts_, 1, max_row_parts);
-    extra_offset_ = ((out.rows + row_parts_ - 1) / row_parts_ * length + 15) / 16 * 16;
+    direct_ = limits.direct == Direct::kCheap || (limits.direct == Direct::kAlone && num_threads == 1);
+    extra_offset_ = direct_ ? 0 : ((out.rows + row_parts_ - 1) / row_parts_ * length + 15) / 16 * 16;
   }
 
   // The most positions that a block has.
@@ -116,11 +130,12 @@ class BlockOp : public Op {
   int64_t row_multiple_ = 1;
   int64_t row_parts_ = 1;
   int64_t position_parts_ = 1;
+  bool direct_ = false;
   int64_t extra_offset_ = 0;
   int64_t extra_floats_ = 0;
 };
 
-// A clamp is part of the kernels that take `low` and `high`; any other activation is a second pass over a block in scratch.
+// A clamp is part of the kernels that take `low` and `high`; any other activation is a second pass over the block.
 struct FusedClamp {
   explicit FusedClamp(const ActivationSpec& activation) : rest(activation) {
     if (activation.kind == Activation::kClamp) {
@@ -130,12 +145,14 @@ struct FusedClamp {
     }
   }
 
-  void apply_rest(const KernelTable& kernels, float* values, int64_t count) const {
-    if (rest.kind != Activation::kNone) kernels.epilogue({1, count, values, 0, nullptr, nullptr, 0, values, 0, rest});
+  bool is_whole() const { return rest.kind == Activation::kNone; }
+
+  void apply_rest(const KernelTable& kernels, int64_t rows, int64_t length, float* values, int64_t stride) const {
+    if (!is_whole()) kernels.epilogue({rows, length, values, stride, nullptr, nullptr, 0, values, stride, rest});
   }
 
-  float low = -__builtin_inff();
-  float high = __builtin_inff();
+  float low = -std::numeric_limits<float>::infinity();
+  float high = std::numeric_limits<float>::infinity();
   ActivationSpec rest;
 };
 

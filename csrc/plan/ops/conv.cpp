@@ -31,7 +31,7 @@ class ConvOp final : public Op, public Compensated {
     bias_ = reader.constant("bias", {shape_.out_channels});
     activation_ = reader.activation();
     tiles_ = make_tiles(shape_.positions(), kernels.lanes, kernels.gemm_max_vectors);
-    patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_.in_arena);
+    patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_.readable_past_end);
     grid_ = make_chunk_grid(shape_, tiles_, patches_.cycles_per_k, num_threads);
     for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) offsets_.push_back(static_cast<int32_t>(i));
     for (int64_t part = 0; part < grid_.position_parts; ++part) {

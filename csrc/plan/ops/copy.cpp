@@ -1,4 +1,5 @@
-// Strided copies (permutations, slices, broadcasts, concatenations that need memory) and fills, up to rank 6.
+// Strided copies (permutations, slices, broadcasts, concatenations that need memory) and fills, up to rank 6. Both do all their work in
+// commit: a copy into scratch first would be a second copy.
 //
 // The dimensions are sorted by the output's strides and merged where both sides allow. The last one is the line that is written; with a
 // second one it makes tiles. Where the input is contiguous along another dimension than the output, that one is the second, and a tile
@@ -73,10 +74,8 @@ class Tiles {
     // A transpose wants 16 lines, one cache line of its input, before it wants long ones.
     const int64_t fitting_length = is_transpose() ? kTileFloats / 16 : kTileFloats;
     length_parts_ = std::max<int64_t>(1, (length + fitting_length - 1) / fitting_length);
-    max_length_ = (length + length_parts_ - 1) / length_parts_;
-    const int64_t fitting_lines = std::max<int64_t>(1, kTileFloats / std::max<int64_t>(1, max_length_));
+    const int64_t fitting_lines = std::max<int64_t>(1, kTileFloats * length_parts_ / std::max<int64_t>(1, length));
     line_parts_ = std::max<int64_t>(1, (lines + fitting_lines - 1) / fitting_lines);
-    max_lines_ = (lines + line_parts_ - 1) / line_parts_;
     count_ = length_parts_ * line_parts_;
     int64_t elements = length * lines;
     for (size_t d = 0; d + 2 < dimensions_.size(); ++d) {
@@ -84,18 +83,14 @@ class Tiles {
       elements *= dimensions_[d].size;
     }
     if (elements == 0) count_ = 0;
-    const int64_t fitting_tiles = std::max<int64_t>(1, kMaxBlockFloats / std::max<int64_t>(1, tile_floats()));
-    chunks_ = std::max((count_ + fitting_tiles - 1) / fitting_tiles,
-                       wanted_chunks(ns_per_element * static_cast<double>(elements), num_threads));
-    chunks_ = std::clamp<int64_t>(chunks_, 1, std::max<int64_t>(1, count_));
+    chunks_ = std::clamp<int64_t>(wanted_chunks(ns_per_element * static_cast<double>(elements), num_threads), 1, std::max<int64_t>(1, count_));
   }
 
   const Dimension& line() const { return dimensions_.back(); }
   const Dimension& across() const { return dimensions_[dimensions_.size() - 2]; }
   bool is_transpose() const { return across().in_stride == 1 && line().in_stride != 1; }
   int64_t chunks() const { return chunks_; }
-  int64_t tile_floats() const { return max_length_ * max_lines_; }
-  int64_t chunk_floats() const { return (count_ + chunks_ - 1) / chunks_ * tile_floats(); }
+  bool empty() const { return count_ == 0; }
   Range chunk(int64_t part) const { return part_of(count_, part, chunks_); }
 
   Tile tile(int64_t number) const {
@@ -117,7 +112,6 @@ class Tiles {
  private:
   std::vector<Dimension> dimensions_;
   int64_t length_parts_, line_parts_;
-  int64_t max_length_, max_lines_;
   int64_t count_;
   int64_t chunks_;
 };
@@ -138,54 +132,43 @@ class CopyOp final : public Op {
     for (const int64_t size : source->second.sizes) elements *= size;
     int64_t last = 0;
     for (const Dimension& d : read_dimensions(spec_, true)) last += std::max<int64_t>(0, d.size - 1) * d.in_stride;
-    reader.check(last < elements || tiles_.chunk_floats() == 0, "constant 'source' must have more than " + std::to_string(last) +
+    reader.check(last < elements || tiles_.empty(), "constant 'source' must have more than " + std::to_string(last) +
                                                                     " elements, got " + std::to_string(elements));
   }
 
   int64_t chunks_per_sample() const override { return tiles_.chunks(); }
-  int64_t scratch_floats() const override { return tiles_.chunk_floats(); }
+  int64_t scratch_floats() const override { return 0; }
+  void compute(const RunView&, int64_t, int64_t, float*) const override {}
 
-  void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
+  void commit(const RunView& run, int64_t sample, int64_t part, float*) const override {
     const float* in = source_ != nullptr ? source_ : run.row(spec_.inputs[0], sample, 0);
-    const Range range = tiles_.chunk(part);
-    const int64_t stride = tiles_.line().in_stride;
-    for (int64_t t = range.begin; t < range.end; ++t, scratch += tiles_.tile_floats()) {
-      const Tiles::Tile tile = tiles_.tile(t);
-      if (tiles_.is_transpose()) {
-        kernels_.transpose({tile.length, tile.lines, in + tile.in, stride, scratch, tile.length});
-        continue;
-      }
-      for (int64_t j = 0; j < tile.lines; ++j) {
-        const float* from = in + tile.in + j * tiles_.across().in_stride;
-        float* to = scratch + j * tile.length;
-        if (stride == 1) {
-          std::memcpy(to, from, tile.length * sizeof(float));
-        } else {
-          for (int64_t i = 0; i < tile.length; ++i) to[i] = from[i * stride];
-        }
-      }
-    }
-  }
-
-  void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
     float* out = run.row(spec_.output, sample, 0);
     const Range range = tiles_.chunk(part);
-    const int64_t stride = tiles_.line().out_stride;
-    for (int64_t t = range.begin; t < range.end; ++t, scratch += tiles_.tile_floats()) {
+    for (int64_t t = range.begin; t < range.end; ++t) {
       const Tiles::Tile tile = tiles_.tile(t);
-      for (int64_t j = 0; j < tile.lines; ++j) {
-        const float* from = scratch + j * tile.length;
-        float* to = out + tile.out + j * tiles_.across().out_stride;
-        if (stride == 1) {
-          std::memcpy(to, from, tile.length * sizeof(float));
-        } else {
-          for (int64_t i = 0; i < tile.length; ++i) to[i * stride] = from[i];
-        }
-      }
+      copy_tile(tile, in + tile.in, out + tile.out);
     }
   }
 
  private:
+  void copy_tile(const Tiles::Tile& tile, const float* in, float* out) const {
+    const Dimension& line = tiles_.line();
+    const Dimension& across = tiles_.across();
+    if (tiles_.is_transpose() && line.out_stride == 1) {
+      kernels_.transpose({tile.length, tile.lines, in, line.in_stride, out, across.out_stride});
+      return;
+    }
+    for (int64_t j = 0; j < tile.lines; ++j) {
+      const float* from = in + j * across.in_stride;
+      float* to = out + j * across.out_stride;
+      if (line.in_stride == 1 && line.out_stride == 1) {
+        std::memcpy(to, from, tile.length * sizeof(float));
+      } else {
+        for (int64_t i = 0; i < tile.length; ++i) to[i * line.out_stride] = from[i * line.in_stride];
+      }
+    }
+  }
+
   const KernelTable& kernels_;
   Tiles tiles_;
   const float* source_ = nullptr;

@@ -19,6 +19,7 @@ class DepthwiseOp final : public BlockOp {
     BlockLimits limits;
     limits.unit = shape.out_width;
     limits.total_ns = 0.5 * vectors * static_cast<double>(shape.taps() + 4 * shape.stride_x * shape.stride_y);
+    limits.direct = Direct::kAlone;
     cut(limits, spec_.out_site, num_threads);
     zeros_ = (shape.in_width + 15) / 16 * 16;
     reserve_extra(zeros_ + map_.rows_seen(max_block_positions() / shape.out_width) * map_.lines().stride);
@@ -36,7 +37,7 @@ class DepthwiseOp final : public BlockOp {
                           weight_ + channel * shape.taps(), bias_[channel], clamp_.low, clamp_.high, extra,
                           extra + zeros_, out + (i - block.rows.begin) * block.stride});
     }
-    clamp_.apply_rest(kernels_, out, (block.rows.end - block.rows.begin) * block.stride);
+    clamp_.apply_rest(kernels_, block.rows.end - block.rows.begin, block.positions.end - block.positions.begin, out, block.stride);
   }
 
  private:

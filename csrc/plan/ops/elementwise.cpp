@@ -25,7 +25,9 @@ class UnaryOp final : public BlockOp {
     check_sites(reader, spec_);
     reader.check_rows("the input", reader.input(0), spec_.output.rows, spec_.output.positions);
     BlockLimits limits;
-    limits.total_ns = kActivationNs * elements(spec_);
+    const bool cheap = FusedClamp(activation_).is_whole() || activation_.kind == Activation::kHardSwish;
+    limits.total_ns = (cheap ? kElementNs : kActivationNs) * elements(spec_);
+    limits.direct = cheap ? Direct::kCheap : Direct::kAlone;
     cut(limits, spec_.out_site, num_threads);
   }
 
@@ -51,7 +53,8 @@ class AffineOp final : public BlockOp {
     scale_ = reader.constant("scale", {spec_.output.rows});
     shift_ = reader.constant("shift", {spec_.output.rows});
     BlockLimits limits;
-    limits.total_ns = (kElementNs + (clamp_.rest.kind == Activation::kNone ? 0.0 : kActivationNs)) * elements(spec_);
+    limits.total_ns = (kElementNs + (clamp_.is_whole() ? 0.0 : kActivationNs)) * elements(spec_);
+    limits.direct = clamp_.is_whole() ? Direct::kCheap : Direct::kAlone;
     cut(limits, spec_.out_site, num_threads);
   }
 
@@ -63,7 +66,7 @@ class AffineOp final : public BlockOp {
                      run.row(in, sample, block.rows.begin) + block.positions.begin, in.row_stride, scale_, shift_,
                      block.index != nullptr ? block.index + block.rows.begin : nullptr, block.rows.begin, clamp_.low, clamp_.high, out,
                      block.stride});
-    clamp_.apply_rest(kernels_, out, rows * block.stride);
+    clamp_.apply_rest(kernels_, rows, block.positions.end - block.positions.begin, out, block.stride);
   }
 
  private:
@@ -98,7 +101,8 @@ class BinaryOp final : public BlockOp {
                  "handover must name an input, got " + std::to_string(handover_));
     if (handover_ >= 0) reader.check_rows("the input handed over", spec_.inputs[handover_], out.rows, out.positions);
     BlockLimits limits;
-    limits.total_ns = (1.5 * kElementNs + (clamp_.rest.kind == Activation::kNone ? 0.0 : kActivationNs)) * elements(spec_);
+    limits.total_ns = (1.5 * kElementNs + (clamp_.is_whole() ? 0.0 : kActivationNs)) * elements(spec_);
+    limits.direct = clamp_.is_whole() ? Direct::kCheap : Direct::kAlone;
     cut(limits, spec_.out_site, num_threads);
   }
 
@@ -123,7 +127,7 @@ class BinaryOp final : public BlockOp {
                      run.row(a, sample, block.rows.begin) + block.positions.begin, a.row_stride,
                      b + (b_scalar_ ? 0 : block.positions.begin), b_stride_, b_scalar_,
                      by_channel ? block.index + block.rows.begin : nullptr, block.rows.begin, clamp_.low, clamp_.high, out, block.stride});
-    clamp_.apply_rest(kernels_, out, rows * block.stride);
+    clamp_.apply_rest(kernels_, rows, block.positions.end - block.positions.begin, out, block.stride);
   }
 
  private:

@@ -28,6 +28,7 @@ class NormalizeOp final : public BlockOp {
     limits.row_multiple = axis_ == 0 ? kernels.lanes : 1;
     limits.max_floats = 2 * kMaxBlockFloats;  // two lines of cache of each of 768 channels still fit
     limits.total_ns = ns * static_cast<double>(out.rows * out.positions);
+    if (axis_ == 1) limits.direct = Direct::kAlone;
     cut(limits, -1, num_threads);
   }
 

@@ -42,6 +42,7 @@ class PoolOp final : public BlockOp {
     BlockLimits limits;
     limits.unit = shape.out_width;
     limits.total_ns = 0.5 * vectors * static_cast<double>(4 + shape.kernel_height + shape.kernel_width);
+    limits.direct = Direct::kAlone;
     cut(limits, spec_.out_site, num_threads);
     const int64_t width = (shape.out_width + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
     reserve_extra(map_.lines().stride + map_.rows_seen(max_block_positions() / shape.out_width) * width);
@@ -98,6 +99,7 @@ class AdaptivePoolOp final : public BlockOp {
     BlockLimits limits;
     limits.unit = out_[2];
     limits.total_ns = static_cast<double>(in_[0] * in_[1] * in_[2] + out_[0] * out_[1] * in_[2]);
+    limits.direct = Direct::kAlone;
     cut(limits, spec_.out_site, num_threads);
     reserve_extra(in_[2]);
   }
@@ -108,6 +110,7 @@ class AdaptivePoolOp final : public BlockOp {
     const int64_t last = block.positions.end / out_[2];
     for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
       const float* plane = run.row(spec_.inputs[0], sample, i);
+      float* target = out + (i - block.rows.begin) * block.stride;
       for (int64_t y = first; y < last; ++y) {
         const Range rows = window(y, in_[1], out_[1]);
         std::copy_n(plane + rows.begin * in_[2], in_[2], line);
@@ -119,7 +122,7 @@ class AdaptivePoolOp final : public BlockOp {
           float value = line[columns.begin];
           for (int64_t s = columns.begin + 1; s < columns.end; ++s) value = combine(value, line[s]);
           const int64_t count = (rows.end - rows.begin) * (columns.end - columns.begin);
-          *out++ = average_ ? value / static_cast<float>(count) : value;
+          *target++ = average_ ? value / static_cast<float>(count) : value;
         }
       }
     }

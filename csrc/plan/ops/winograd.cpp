@@ -4,7 +4,6 @@
 #include "plan/ops/winograd.h"
 
 #include <algorithm>
-#include <numeric>
 #include <string>
 
 #include "base/aligned_buffer.h"
@@ -17,7 +16,7 @@ namespace {
 constexpr int64_t kUnit = 8;  // output columns of a unit
 // Rows whose products lie in scratch before they are transformed back: 36 x 24 x 32 floats stay in a second-level cache, and 24 is
 // a multiple of the rows of the GEMM's narrow tiles.
-constexpr int64_t kBlockRows = 24;
+constexpr int64_t kBlockRows = 48;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t floats) { return divide_up(floats, 16) * 16; }
@@ -138,8 +137,6 @@ class WinogradOp final : public Op, public Compensated {
     make_weights(reader.constant("weight", {shape_.out_channels, shape_.in_channels * 9}));
     make_groups();
     choose_row_parts(num_threads);
-    identity_.resize(shape_.in_channels);
-    std::iota(identity_.begin(), identity_.end(), 0);
   }
 
   int64_t chunks_per_sample() const override { return static_cast<int64_t>(groups_.size()) * row_parts_; }
@@ -155,6 +152,13 @@ class WinogradOp final : public Op, public Compensated {
     kernels_.winograd_input({tile_, count, run.row(x_, sample, 0), x_.row_stride, shape_.in_height, shape_.in_width, group.bands.data(),
                              static_cast<int64_t>(group.bands.size()), group.units.data(), group.width, scratch + lines_offset(),
                              line_stride_, inputs, input_stride});
+    const int32_t* column_offsets = all_columns_.data();
+    if (spec_.in_site >= 0) {
+      auto* offsets = reinterpret_cast<int32_t*>(scratch + column_offsets_offset());
+      const int32_t* index = run.active(spec_.in_site, sample).index;
+      for (int64_t c = 0; c < count; ++c) offsets[c] = all_columns_[index[c]];
+      column_offsets = offsets;
+    }
     float* sums = scratch + sums_offset();
     const int64_t rows = chunk.rows.end - chunk.rows.begin;
     const int64_t blocks = divide_up(rows, kBlockRows);
@@ -162,13 +166,9 @@ class WinogradOp final : public Op, public Compensated {
       const int64_t first = block * kBlockRows;
       const int64_t block_rows = std::min(kBlockRows, rows - first);
       const int64_t sum_stride = odd_lines(block_rows * group.width);
-      const int64_t row = chunk.rows.begin + first;
-      for (int64_t e = 0; e < products_; ++e) {
-        kernels_.gather_gemm({block_rows, count, group.width, weights_.data() + e * shape_.out_channels * weight_stride_, weight_stride_,
-                              chunk.index != nullptr ? chunk.index + row : nullptr, row,
-                              spec_.in_site < 0 ? identity_.data() : run.active(spec_.in_site, sample).index, inputs + e * input_stride,
-                              group.width, sums + e * sum_stride, group.width, false});
-      }
+      kernels_.winograd_products({products_, block_rows, count, group.width, weights_.data(), weight_stride_, tile_stride(),
+                                  chunk.index != nullptr ? chunk.index + chunk.rows.begin + first : nullptr, chunk.rows.begin + first,
+                                  column_offsets, inputs, input_stride, sums, sum_stride});
       kernels_.winograd_output({tile_, block_rows, sums, sum_stride, group.units.data(), group.width, scratch + first * result_stride_,
                                 result_stride_, shape_.out_width});
     }
@@ -227,14 +227,17 @@ class WinogradOp final : public Op, public Compensated {
             spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index};
   }
 
+  int64_t tile_stride() const { return shape_.in_channels * kWinogradPackedRows; }
+
   void make_weights(const float* weight) {
-    weight_stride_ = odd_lines(shape_.in_channels);
-    const int64_t plane = shape_.out_channels * weight_stride_;
-    weights_ = AlignedBuffer<float>(products_ * plane);
+    const int64_t channels = shape_.in_channels;
+    weight_stride_ = odd_lines(divide_up(shape_.out_channels, kWinogradPackedRows) * tile_stride());
+    weights_ = AlignedBuffer<float>(products_ * weight_stride_);
+    std::fill(weights_.data(), weights_.data() + weights_.size(), 0.0f);
+    for (int64_t c = 0; c < channels; ++c) all_columns_.push_back(static_cast<int32_t>(c * kWinogradPackedRows));
     for (int64_t k = 0; k < shape_.out_channels; ++k) {
-      for (int64_t c = 0; c < shape_.in_channels; ++c) {
-        transform_weight(tile_, weight + (k * shape_.in_channels + c) * 9, weights_.data() + k * weight_stride_ + c, plane);
-      }
+      float* row = weights_.data() + k / kWinogradPackedRows * tile_stride() + k % kWinogradPackedRows;
+      for (int64_t c = 0; c < channels; ++c) transform_weight(tile_, weight + (k * channels + c) * 9, row + all_columns_[c], weight_stride_);
     }
   }
 
@@ -266,9 +269,10 @@ class WinogradOp final : public Op, public Compensated {
     max_rows_ = divide_up(shape_.out_channels, row_parts_);
   }
 
-  // Scratch: results, bias, sums of a block of rows, transformed inputs, lines.
+  // Scratch: results, bias, offsets of columns, sums of a block of rows, transformed inputs, lines.
   int64_t bias_offset() const { return max_rows_ * result_stride_; }
-  int64_t sums_offset() const { return bias_offset() + align(max_rows_); }
+  int64_t column_offsets_offset() const { return bias_offset() + align(max_rows_); }
+  int64_t sums_offset() const { return column_offsets_offset() + align(shape_.in_channels); }
   int64_t inputs_offset() const { return sums_offset() + products_ * odd_lines(kBlockRows * max_width_); }
   int64_t lines_offset() const { return inputs_offset() + products_ * odd_lines(shape_.in_channels * max_width_); }
 
@@ -280,10 +284,10 @@ class WinogradOp final : public Op, public Compensated {
   const float* bias_;
   const float* compensation_ = nullptr;
   ActivationSpec activation_;
-  AlignedBuffer<float> weights_;  // [product][out_channels][weight_stride_]
+  AlignedBuffer<float> weights_;  // [product][out_channels / kWinogradPackedRows][in_channels][kWinogradPackedRows]
   int64_t weight_stride_ = 0;
   std::vector<Group> groups_;
-  std::vector<int32_t> identity_;  // 0, 1, 2, ...: the columns of a whole input
+  std::vector<int32_t> all_columns_;  // where each input channel's weights stand in a packed tile of rows
   int64_t row_parts_ = 1;
   int64_t max_rows_ = 0;
   int64_t max_width_ = 0;

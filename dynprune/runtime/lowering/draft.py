@@ -288,10 +288,12 @@ class Draft:
         """Adds a step in which PyTorch runs the node."""
         self.drop(self.site_of(node), f"PyTorch runs '{node.name}' ({node.op}) in the middle of it")
         args, kwargs = pytree.tree_map(lambda item: self.torch_argument(item) if isinstance(item, Node) else item, (node.args, node.kwargs))
-        step = DraftStep("torch", node.module_path or node.name, branches=self.branches_of(node), nodes=[node.name])
-        step.call = TorchCall(node.target, args, kwargs, node.name)
-        self._results.add(node.name)
+        return self._call_torch(node, [node.name], TorchCall(node.target, args, kwargs, node.name))
+
+    def _call_torch(self, node: Node, computed: list[str], call: TorchCall) -> TorchValue:
+        step = DraftStep("torch", node.module_path or node.name, branches=self.branches_of(node), nodes=computed, call=call)
         self.steps.append(step)
+        self._results.add(call.result)
         return TorchValue(step)
 
     def torch_argument(self, node: Node) -> Any:
@@ -304,7 +306,13 @@ class Draft:
             return value.view
         if isinstance(value, ConstantValue) and not value.repeats:
             return value.value
-        if not isinstance(value, TorchValue) and node.name not in self._results:
+        if node.name in self._results:
+            return Value(node.name)
+        if isinstance(value, MergedValue):
+            self.drop(value.base.site, f"PyTorch reads '{node.name}'")
+            dims = (value.base.view, value.first, value.first + 1)
+            self._call_torch(node, [f"{node.name}_merged"], TorchCall(torch.ops.aten.flatten.using_ints, dims, {}, node.name))
+        else:
             self.torch_step(node)
         return Value(node.name)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
+
+import numpy as np
+
 from dynprune.graph.capture import Node
 from dynprune.graph.sites import Site
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.registry import dim_of_sample
-from dynprune.runtime.lowering.values import DraftStep, NotOnEngine
+from dynprune.runtime.lowering.values import DraftStep, NotOnEngine, PaddedValue
 from dynprune.runtime.plan import Rows
 
 _CHANNELS_LAST = frozenset({"linear", "layer_norm"})
@@ -49,7 +53,8 @@ class Gates:
 
     def _channel_dim(self, site: Site, first: Node, source: Node) -> int | None:
         """Returns which per-sample dimension of the gate's input holds the channels, or None."""
-        view = self._draft.apart(source).view
+        padded = self._draft.values[source]
+        view = self._draft.apart(padded.source if isinstance(padded, PaddedValue) else source).view
         readers = [first] if site.kind == "channels" else [user for user in source.users if user.name in site.nodes]
         rank = len(view.sizes) + 1
         last = any(reader.op in _CHANNELS_LAST for reader in readers)
@@ -66,7 +71,11 @@ class Gates:
         for known, pooled in self._pooled.get((source, row_dim), ()):
             if known <= branches:
                 return pooled
-        draft = self._draft
+        draft, padded = self._draft, self._draft.values[source]
+        if isinstance(padded, PaddedValue):
+            means = self._pool(padded.source, 0, branches, site)
+            inner, outer = prod(padded.source.shape[2:]), prod(source.shape[2:])
+            return self._remember(source, row_dim, branches, self._scaled(source, means, inner / outer, branches))
         rows, value = draft.planar(source, row_dim)
         if rows.positions == 1 and value.site < 0:
             return rows
@@ -77,8 +86,19 @@ class Gates:
         step = DraftStep("mean", source.module_path or source.name, [rows], pooled, {"scatter": [int(value.site >= 0)]}, in_site=value.site)
         step.branches = branches
         draft.steps.append(step)
+        return self._remember(source, row_dim, branches, pooled)
+
+    def _remember(self, source: Node, row_dim: int, branches: frozenset[int], pooled: Rows) -> Rows:
         self._pooled.setdefault((source, row_dim), []).append((branches, pooled))
         return pooled
+
+    def _scaled(self, source: Node, means: Rows, factor: float, branches: frozenset[int]) -> Rows:
+        """Emits means * factor: zeros around a plane lower its mean."""
+        scaled = Rows(self._draft.new_buffer(f"{source.name}_mean", means.rows), 0, means.rows, 1, 1)
+        constants = {"scale": np.full(means.rows, factor, np.float32), "shift": np.zeros(means.rows, np.float32)}
+        name = source.module_path or source.name
+        self._draft.steps.append(DraftStep("affine", name, [means], scaled, constants=constants, branches=branches))
+        return scaled
 
 
 def check_branches(draft: Draft) -> None:

@@ -3,7 +3,7 @@
 | ATen | becomes |
 | --- | --- |
 | conv2d, conv1d | conv; depthwise; linear where the result is one position and the kernel covers its whole input |
-| linear | linear (one position per sample), else a 1x1 conv over the tokens |
+| linear, and addmm, mm, matmul with a constant matrix | linear (one position per sample), else a 1x1 conv over the tokens |
 | batch_norm | folded into the weights of the convolution or linear before it, else affine |
 """
 
@@ -83,17 +83,32 @@ def _padding(padding: int | str | list[int], kernel: list[int], dilation: list[i
 
 @lowers("linear")
 def linear(draft: Draft, node: Node) -> EngineValue | MergedValue:
-    weight, bias = _weight_and_bias(draft, node)
-    source = draft.apart(node.args[0], _channels_outermost(node.args[0])).view
-    known, last = draft.values[node.args[0]], len(source.sizes) - 1
+    return _features(draft, node, node.args[0], *_weight_and_bias(draft, node))
+
+
+@lowers("addmm", "mm", "matmul")
+def matrix_product(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    source, factor = node.args[1:3] if node.op == "addmm" else node.args[:2]
+    weight, bias = draft.constant(factor), draft.constant(node.args[0]) if node.op == "addmm" else None
+    if weight is None or weight.ndim != 2 or weight.dtype != torch.float32 or node.arguments.get("alpha", 1) != 1:
+        raise NotOnEngine("two factors that depend on the input")
+    if node.op == "addmm" and (bias is None or bias.shape != weight.shape[1:] or node.arguments["beta"] != 1):
+        raise NotOnEngine("a sum that is no bias")
+    return _features(draft, node, source, weight.t(), np.zeros(weight.shape[1], np.float32) if bias is None else as_array(bias))
+
+
+def _features(draft: Draft, node: Node, operand: Node, weight: torch.Tensor, bias: np.ndarray) -> EngineValue | MergedValue:
+    """Emits a linear layer over the last dimension of `operand`, weight (out, in)."""
+    source = draft.apart(operand, _channels_outermost(operand)).view
+    known, last = draft.values[operand], len(source.sizes) - 1
     merged = known.first if isinstance(known, MergedValue) else None
     if last < 0 or source.batch_dim == last + 1 or merged == last or weight.ndim != 2:
         raise NotOnEngine("the batch is a part of the features")
     out_sizes, tokens = (*source.sizes[:-1], weight.shape[0]), prod(source.sizes[:-1])
     if tokens == 1:
-        value = _one_position(draft, node, node.args[0], weight, bias, out_sizes)
+        value = _one_position(draft, node, operand, weight, bias, out_sizes)
         return value if merged is None else MergedValue(value, merged)
-    rows, x = draft.planar(node.args[0], last)
+    rows, x = draft.planar(operand, last)
     view = draft.new_view(node, out_sizes, (last, *range(last)), x.view.batch_dim)
     ints = {"in_size": [weight.shape[1], 1, tokens], "out_size": [weight.shape[0], 1, tokens], "kernel": [1, 1], "stride": [1, 1]}
     ints |= {"padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": [1]}

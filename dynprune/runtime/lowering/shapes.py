@@ -67,7 +67,7 @@ def movedim(draft: Draft, node: Node) -> EngineValue | MergedValue:
     return _reordered(draft, node, order)
 
 
-@lowers("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+@lowers("reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
 def reshape(draft: Draft, node: Node) -> EngineValue | MergedValue:
     x = draft.apart(node.args[0])
     sizes, batch, merged = _sizes_apart(node, x.view)
@@ -210,6 +210,9 @@ def pad(draft: Draft, node: Node) -> EngineValue | PaddedValue:
     if len(borders) > len(sizes):
         raise NotOnEngine("padding along the batch")
     borders = [(0, 0)] * (len(sizes) - len(borders)) + borders
+    if not any(n for border in borders for n in border):
+        x = draft.engine(node.args[0])
+        return draft.viewed(node, x, x.view)
     is_plane = len(sizes) == 3 and borders[0] == (0, 0) and all(n >= 0 for border in borders for n in border) and fill == 0
     if is_plane and not isinstance(draft.values[node.args[0]], PaddedValue):
         if all(user.op == "conv2d" and user.args[0] is node for user in node.users) and draft.uses[node] == len(node.users):
