@@ -19,7 +19,7 @@ from dynprune.training.allocation import FLOOR, Sensitivity, StepCost, allocate,
 from dynprune.training.calibrate import calibrate
 from dynprune.training.samples import CHUNK, MAX_SAMPLES, nth_sample, read_samples, split, take
 from dynprune.training.scores import ConsumerRecord, Regression, SiteRecord, fit_channels, quantile
-from dynprune.training.sensitivity import agreement, output_errors
+from dynprune.training.sensitivity import TEMPERATURE, agreement, output_errors
 
 
 @pytest.fixture(autouse=True)
@@ -189,8 +189,8 @@ def test_groups_add_up_their_channels():
 
 def test_output_errors_are_divergences_or_relative():
     logits, other = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])
-    p = logits.softmax(1)
-    assert_close(output_errors(other, logits), torch.tensor([0.0, (p[1] * (p[1].log() - other[1].log_softmax(0))).sum()]))
+    p, q = (logits / TEMPERATURE).softmax(1), (other / TEMPERATURE).softmax(1)
+    assert_close(output_errors(other, logits), torch.tensor([0.0, (p[1] * (p[1] / q[1]).log()).sum()]))
     assert agreement(other, logits) == 0.5
     images = torch.ones(2, 3, 4)
     assert_close(output_errors({"y": images * 1.1}, {"y": images}), torch.full((2,), 0.01))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Mapping
 from functools import cache
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchvision_models import torchvision_model
 
+from dynprune.graph.macs import count_macs
 from dynprune.runtime.model import DynamicModel
 
 TORCHVISION = {
@@ -82,7 +85,6 @@ def random_lists(dm: DynamicModel, batch: int, rng: np.random.Generator, kind: s
 
 def expected_macs(dm: DynamicModel, masks: Mapping[str, Tensor], batch: int) -> float:
     """Returns the multiply-adds that masks (batch, num_groups) leave, counted from the graph and sites alone."""
-    of_node = dict(dm._first.sites.node_macs)
     producers: dict[str, list[str]] = {}
     consumers: dict[str, list[str]] = {}
     branches: dict[str, list[str]] = {}
@@ -94,7 +96,7 @@ def expected_macs(dm: DynamicModel, masks: Mapping[str, Tensor], batch: int) -> 
         for consumer in site.consumers:
             consumers.setdefault(consumer.node, []).append(site.name)
     total = 0.0
-    for node, macs in of_node.items():
+    for node, macs in count_macs(dm.graph).items():
         share = torch.ones(batch, dtype=torch.float64)
         for name in {*producers.get(node, ()), *consumers.get(node, ())}:
             share = share * masks[name].double().mean(1)
@@ -118,13 +120,15 @@ def masks_of(dm: DynamicModel, lists: Mapping[str, list[list[int]]], batch: int)
 def test_level_0_is_the_model(name: str, batch: int) -> None:
     dm, inputs = wrapped(name), inputs_of(name, batch)
     kept = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+    dm.reset_stats()
     with torch.no_grad():
         want = dm.model(*inputs)
         got = dm(*inputs)
         again = dm(*inputs)
     assert_same(got, want, f"{name} batch {batch}")
     assert_same(again, want, f"{name} batch {batch}, second call")
-    for before, after in zip(kept, inputs):
+    assert dm.stats().inferences == 2, "the calls did not run on the engine"
+    for before, after in zip(kept, inputs, strict=True):
         assert not isinstance(after, Tensor) or torch.equal(before, after), "the engine changed its input"
 
 
@@ -138,15 +142,18 @@ def test_sites_are_those_that_engine_and_hooks_both_gate(name: str) -> None:
     assert len(dm.gates) == len(names)
 
 
-@pytest.mark.parametrize("kind", ("empty", "all", "random", "mixed"))
-@pytest.mark.parametrize("batch", (1, 3))
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(
+    ("name", "batch", "kind"),
+    [
+        *itertools.product(models.GATED, (1, 3), ("empty", "all", "random", "mixed")),
+        *itertools.product(TORCHVISION, (2,), ("empty", "mixed")),
+    ],
+)
 def test_given_lists_mean_the_same_in_engine_and_hooked_model(name: str, batch: int, kind: str) -> None:
     dm, inputs = wrapped(name), inputs_of(name, batch)
     lists = random_lists(dm, batch, np.random.default_rng(batch), kind)
     with torch.no_grad():
         want = dm.run_with_active(*inputs, active=lists, backend="hooked")
-        dm.reset_stats()
         got = dm.run_with_active(*inputs, active=lists)
     assert_same(got, want, f"{name} batch {batch} {kind}")
     if kind == "all":
@@ -168,7 +175,7 @@ def test_compensation_means_the_same_in_engine_and_hooked_model(name: str) -> No
     assert changed
     dm.refresh()
     try:
-        for kind in ("empty", "mixed", "random"):
+        for kind in ("empty", "mixed"):
             lists = random_lists(dm, 3, rng, kind)
             with torch.no_grad():
                 want = dm.run_with_active(*inputs, active=lists, backend="hooked")
@@ -181,8 +188,9 @@ def test_compensation_means_the_same_in_engine_and_hooked_model(name: str) -> No
         dm.refresh()
 
 
-@pytest.mark.parametrize("backend", ("engine", "hooked"))
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*itertools.product(models.GATED, ("engine", "hooked")), *((name, "engine") for name in TORCHVISION)]
+)
 def test_skip_rate_is_what_the_lists_leave_out(name: str, backend: str) -> None:
     dm = wrapped(name)
     rng = np.random.default_rng(2)
@@ -194,12 +202,47 @@ def test_skip_rate_is_what_the_lists_leave_out(name: str, backend: str) -> None:
         with torch.no_grad():
             dm.run_with_active(*inputs, active=lists, backend=backend)
         left += expected_macs(dm, masks_of(dm, lists, batch), batch)
-        total += batch * sum(dm._first.sites.node_macs.values())
+        total += batch * sum(count_macs(dm.graph).values())
         for site in dm.sites:
             ran[site.name] += sum(map(len, lists[site.name]))
     stats = dm.stats()
     assert stats.inferences == 2 and stats.samples == 4
     assert stats.skip_rate == pytest.approx(1 - left / total, abs=1e-6)
+
+
+def randomise_gates(dm: DynamicModel) -> None:
+    """Gives every gate random weights and thresholds that about half of its scores exceed, and compensates some consumers."""
+    generator = torch.Generator().manual_seed(5)
+    for site in dm.sites:
+        gate = dm.gate(site.name)
+        for parameter in gate.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        gate.set_curve(torch.linspace(-1, 0.7, 5) + (0.0 if site.kind == "channels" else torch.linspace(-2, 0, 5)))
+        gate.calibrated.fill_(True)
+        if site.kind == "channels":
+            gate.channel_means.normal_(generator=generator)
+            gate.compensated[0] = True
+
+
+@pytest.mark.parametrize("level", (0.3, 1.0))
+@pytest.mark.parametrize("name", (*models.GATED, "resnet18", "mobilenet_v3_small", "densenet121"))
+def test_gates_choose_the_same_in_engine_and_hooked_model(name: str, level: float) -> None:
+    dm = copy.deepcopy(wrapped(name))
+    inputs, batch = inputs_of(name, 4), 4
+    with torch.no_grad():
+        randomise_gates(dm)
+        dm.level = level
+        want, masks = dm.attachment.run(inputs, level=level)
+        got = dm(*inputs)
+    assert set(masks) == {site.name for site in dm.sites}
+    all_macs = batch * sum(count_macs(dm.graph).values())
+    stats = dm.stats()
+    assert stats.inferences == 1 and stats.level == pytest.approx(level)
+    assert stats.skip_rate > 0.05, "the thresholds of this test are too low to test anything"
+    borderline = [name for name, mask in masks.items() if abs(stats.site_skip_rates[name] - (1 - mask.mean().item())) > 1e-6]
+    assert not borderline, f"these sites ran other groups: {borderline}"
+    assert stats.skip_rate == pytest.approx(1 - expected_macs(dm, masks, batch) / all_macs, abs=1e-6)
+    assert_same(got, want, f"{name} at level {level}")
 
 
 @pytest.mark.parametrize("name", GATED)

@@ -3,7 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <new>
+#include <system_error>
 
 #include "base/denormals.h"
 #include "base/spin.h"
@@ -13,6 +13,9 @@ namespace {
 
 // How long a helper looks for the next job before it sleeps: longer than the Python code between two calls, shorter than a time slice.
 constexpr int64_t kSpinNs = 100'000;
+
+// More would only wait for a core.
+constexpr int kMaxHelpers = 255;
 
 // A forked child has none of the parent's threads, and a mutex may be held by one of them: it starts with a fresh pool.
 ThreadPool* g_pool = nullptr;
@@ -29,7 +32,11 @@ ThreadPool& ThreadPool::instance() {
 }
 
 void ThreadPool::ensure_helpers(int count) {
-  for (; num_helpers_ < count; ++num_helpers_) std::thread([this] { help(); }).detach();
+  try {
+    for (; num_helpers_ < std::min(count, kMaxHelpers); ++num_helpers_) std::thread([this] { help(); }).detach();
+  } catch (const std::system_error&) {
+    // Those that there are, if any, and the caller do the work.
+  }
 }
 
 void ThreadPool::run(const std::shared_ptr<Job>& job, int num_threads) {

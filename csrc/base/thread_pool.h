@@ -35,6 +35,7 @@ class ThreadPool {
 
  private:
   ThreadPool() = default;
+  // Starts helpers until there are `count`, or until the system gives no more threads.
   void ensure_helpers(int count);
   void help();
   std::shared_ptr<Job> join(int* slot);

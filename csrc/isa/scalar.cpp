@@ -1,4 +1,4 @@
-// Plain C++: the reference, and what runs where there is nothing better. Compiled with flags of its own: all but the last function is in an anonymous namespace.
+// Plain C++: the reference, and what runs where there is nothing better. All but the last function is in an anonymous namespace.
 #include "kernels.h"
 
 #include "vec/vec_scalar.h"

@@ -196,23 +196,25 @@ template <int kRows, int kVectors, bool kNeighbours, bool kNext>
 void multiply_rows(const WinogradProductArgs& a, const float* weight, const int32_t* lane_of_row, const float* in, float* out,
                    const float* next) {
   constexpr int64_t kWidth = kVectors * Vec::kLanes;
-  const float* w[kRows];
+  int64_t lanes[kRows];
   Vec sum[kRows][kVectors];
+  if constexpr (kNeighbours) weight += lane_of_row[0];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-    w[i] = kNeighbours ? weight + lane_of_row[0] + i : weight + lane_of_row[i];
+    lanes[i] = kNeighbours ? i : lane_of_row[i];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[i][v] = zero();
   }
   for (int64_t k = 0; k < a.k; ++k, in += kWidth) {
     const int64_t offset = a.column_offset[k];
+    const float* column = weight + offset;
     if constexpr (kNext) __builtin_prefetch(next + offset, 0, 2);
     Vec x[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) x[v] = load(in + v * Vec::kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Vec broadcast = set1(w[i][offset]);
+      const Vec broadcast = set1(column[lanes[i]]);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(broadcast, x[v], sum[i][v]);
     }

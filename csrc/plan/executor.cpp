@@ -18,6 +18,7 @@ constexpr uint64_t kMaxClaims = 5;
 constexpr uint64_t kCommitting = 6;
 constexpr uint64_t kDone = 7;
 constexpr uint64_t kStepBits = 24;
+constexpr uint64_t kStepMask = (uint64_t{1} << kStepBits) - 1;
 
 // How long a thread with nothing left to claim waits before it computes others' chunks again, at least, and in its own chunks' times.
 constexpr int64_t kPatienceNs = 60'000;
@@ -50,8 +51,9 @@ void run_chunk(const Op& op, const RunView& view, bool runs, int64_t sample, int
 
 }  // namespace
 
-Workspace::Workspace(std::shared_ptr<const Plan> plan, int64_t batch)
-    : plan_(std::move(plan)),
+Workspace::Workspace(std::shared_ptr<const Plan> plan, int64_t batch, std::shared_ptr<void> bound_to)
+    : bound_to_(std::move(bound_to)),
+      plan_(std::move(plan)),
       batch_(batch),
       arena_(plan_->arena_size() * batch + kReadPastEnd),
       slots_(plan_->buffers().size()),
@@ -85,29 +87,39 @@ bool Workspace::runs_somewhere(int64_t step) const {
 }
 
 void Workspace::run(int64_t first, int64_t last, int num_threads) {
-  first_ = first;
-  last_ = last;
-  num_threads_ = num_threads;
-  for (int64_t step = first; step < last; ++step) done_[step].count.store(0, std::memory_order_relaxed);
+  // Here, where a lack of memory can still be reported: work() finds it made.
+  float* scratch = thread_scratch(plan_->scratch_floats());
   if (profiling_) {
     std::fill(step_ns_.begin() + first, step_ns_.begin() + last, 0);
     step_began_ns_ = now_ns();
   }
-  const uint64_t epoch = (cursor_.load(std::memory_order_relaxed) >> kStepBits) + 1;
-  cursor_.store(epoch << kStepBits | static_cast<uint64_t>(first), std::memory_order_release);
   const FlushDenormals flush;
+  if (num_threads == 1) return run_alone(first, last, scratch);
+  // A helper that joined the previous run may only now come to look: it must not take the old step for one of this run.
+  const uint64_t epoch = (cursor_.load(std::memory_order_relaxed) >> kStepBits) + 1;
+  cursor_.store(epoch << kStepBits | kStepMask, std::memory_order_release);
+  last_.store(last, std::memory_order_release);
+  num_threads_.store(num_threads, std::memory_order_relaxed);
+  for (int64_t step = first; step < last; ++step) done_[step].count.store(0, std::memory_order_relaxed);
+  cursor_.store(epoch << kStepBits | static_cast<uint64_t>(first), std::memory_order_release);
   ThreadPool::instance().run(shared_from_this(), num_threads);
 }
 
 void Workspace::work(int slot) {
   const Inside inside(inside_);
-  float* scratch = thread_scratch(plan_->scratch_floats());
-  if (num_threads_ == 1) return run_alone(scratch);
+  float* scratch = nullptr;
+  try {
+    scratch = thread_scratch(plan_->scratch_floats());
+  } catch (const std::bad_alloc&) {
+    return;  // a helper without memory; the others do its part
+  }
   uint64_t cursor = cursor_.load(std::memory_order_acquire);
   const uint64_t epoch = cursor >> kStepBits;
-  const int64_t last = last_;
+  const int64_t last = last_.load(std::memory_order_acquire);
+  cursor = cursor_.load(std::memory_order_acquire);  // still this epoch: then `last` is this run's
+  const int num_threads = num_threads_.load(std::memory_order_relaxed);
   for (;; cursor = cursor_.load(std::memory_order_acquire)) {
-    const auto step = static_cast<int64_t>(cursor & ((uint64_t{1} << kStepBits) - 1));
+    const auto step = static_cast<int64_t>(cursor & kStepMask);
     if (cursor >> kStepBits != epoch || step >= last) return;
     const Op& op = *plan_->op(step);
     if (!op.hands_over() && !runs_somewhere(step)) {
@@ -116,7 +128,7 @@ void Workspace::work(int slot) {
     }
     // Each thread begins in a part of its own, so that in the next step it mostly reads what it wrote in this one.
     const int64_t chunks = op.chunks_per_sample() * batch_;
-    const int64_t begin = chunks * std::min(slot, num_threads_ - 1) / num_threads_;
+    const int64_t begin = chunks * std::min(slot, num_threads - 1) / num_threads;
     const int64_t began_ns = now_ns();
     int64_t mine = 0;
     for (int64_t i = 0; i < chunks; ++i) {
@@ -138,8 +150,8 @@ void Workspace::work(int slot) {
   }
 }
 
-void Workspace::run_alone(float* scratch) {
-  for (int64_t step = first_; step < last_; ++step) {
+void Workspace::run_alone(int64_t first, int64_t last, float* scratch) {
+  for (int64_t step = first; step < last; ++step) {
     const Op& op = *plan_->op(step);
     const int64_t parts = op.chunks_per_sample();
     for (int64_t sample = 0; sample < batch_; ++sample) {
@@ -187,7 +199,7 @@ void Workspace::advance(uint64_t cursor) {
   const int64_t began = step_began_ns_;
   if (profiling_) now = now_ns();
   if (!cursor_.compare_exchange_strong(cursor, cursor + 1, std::memory_order_acq_rel) || !profiling_) return;
-  const auto step = static_cast<int64_t>(cursor & ((uint64_t{1} << kStepBits) - 1));
+  const auto step = static_cast<int64_t>(cursor & kStepMask);
   step_ns_[step] = now - began;
   step_began_ns_ = now;
 }

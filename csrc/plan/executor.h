@@ -23,7 +23,8 @@ namespace dynprune {
 class Workspace final : public Job, public std::enable_shared_from_this<Workspace> {
  public:
   // Memory and bookkeeping for inferences of exactly `batch` samples. Throws std::bad_alloc where the arena does not fit.
-  Workspace(std::shared_ptr<const Plan> plan, int64_t batch);
+  // `bound_to` lives until no thread is inside any more: what the caller's buffers belong to.
+  Workspace(std::shared_ptr<const Plan> plan, int64_t batch, std::shared_ptr<void> bound_to = nullptr);
 
   int64_t batch() const { return batch_; }
   const Plan& plan() const { return *plan_; }
@@ -55,11 +56,12 @@ class Workspace final : public Job, public std::enable_shared_from_this<Workspac
     std::atomic<int64_t> count{0};
   };
   bool runs_somewhere(int64_t step) const;
-  void run_alone(float* scratch);
+  void run_alone(int64_t first, int64_t last, float* scratch);
   bool try_chunk(const Op& op, int64_t step, int64_t chunk, uint64_t expected, uint64_t epoch, float* scratch);
   void advance(uint64_t cursor);
   void overtake(const Op& op, int64_t step, int64_t chunks, uint64_t epoch, float* scratch);
 
+  std::shared_ptr<void> bound_to_;
   std::shared_ptr<const Plan> plan_;
   int64_t batch_;
   AlignedBuffer<float> arena_;
@@ -72,8 +74,8 @@ class Workspace final : public Job, public std::enable_shared_from_this<Workspac
   alignas(64) std::atomic<uint64_t> cursor_{0};     // epoch and current step
   std::atomic<int64_t> inside_{0};
   std::atomic<int64_t> overtaken_{0};
-  int64_t first_ = 0, last_ = 0;
-  int num_threads_ = 1;
+  std::atomic<int64_t> last_{0};
+  std::atomic<int> num_threads_{1};
   bool profiling_ = false;
   int64_t step_began_ns_ = 0;
   std::vector<int64_t> step_ns_;

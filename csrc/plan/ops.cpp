@@ -26,6 +26,7 @@ constexpr Factory kFactories[] = {
     {"binary", make_binary},
     {"layer_norm", make_layer_norm},
     {"softmax", make_softmax},
+    {"attention", make_attention},
     {"copy", make_copy},
     {"fill", make_fill},
 };

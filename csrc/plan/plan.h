@@ -62,11 +62,16 @@ class Plan {
     }
     return true;
   }
+  // How many rows of a site ran for a sample: none where a branch around the site's gate is off.
+  int64_t rows_run(int64_t site, const GateState& gates, int64_t sample) const;
   Executed executed(const GateState& gates, int64_t batch) const;
 
  private:
   double work_share(int64_t step, const GateState& gates, int64_t sample) const;
+  void check_sizes(const StepSpec& step) const;
   void check_operand(const StepSpec& step, const Rows& rows) const;
+  void check_strides(const StepSpec& step, const Rows& rows, const char* strides) const;
+  void check_sites(const StepSpec& step) const;
 
   PlanSpec spec_;
   const KernelTable& kernels_;

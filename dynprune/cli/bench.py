@@ -163,8 +163,8 @@ def benchmark(loaded: LoadedModel, keeps: tuple[float, ...], rival_names: tuple[
         reference = first_tensor(loaded.model(*loaded.inputs))
     dm = DynamicModel(loaded.model, loaded.inputs).eval()
     dm.set_num_threads(threads)
-    with built_rivals(rival_names, loaded.model, loaded.inputs, threads) as rivals, torch.inference_mode():
-        active = {keep: random_active(dm.sites, keep, len(reference)) for keep in keeps}
+    with built_rivals(rival_names, loaded.model, loaded.inputs, threads) as rivals, torch.no_grad():
+        active = {keep: random_active(dm.sites, keep, loaded.inputs[0].shape[0]) for keep in keeps}
         functions = {f"keep {keep:g}": functools.partial(dm.run_with_active, *loaded.inputs, active=active[keep]) for keep in keeps}
         functions |= {rival.name: rival.run for rival in rivals if rival.run}
         times = measure_interleaved(functions, seconds=seconds)

@@ -33,7 +33,7 @@ def plot(results: Results, path: Path) -> None:
         axes.plot(dense_ms, 100 * results.dense_accuracy, marker, color="black", label=f"{name}, dense")
     axes.set_xlabel("median time per image, ms (dashed: budgets)")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"Digits on {results.machine.cpu}, {results.machine.threads} threads", fontsize="medium")
+    axes.set_title(f"Digits on {results.machine.cpu}, threads {results.machine.threads}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

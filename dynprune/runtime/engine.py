@@ -168,7 +168,7 @@ class Engine:
         else:
             self._begin_given(workspace, active)
         tensors = {}
-        for buffer, x in zip(self._buffer_of_input, inputs):
+        for buffer, x in zip(self._buffer_of_input, inputs, strict=True):
             tensors[buffer] = x = x.contiguous()
             workspace.bind(buffer, x.data_ptr(), x.numel() // batch, x)
         for view in self.plan.outputs:
@@ -236,12 +236,16 @@ class Engine:
     def _begin_given(self, workspace, active: Mapping[str, Sequence[Sequence[int]]]) -> None:
         lists: list[Any] = [None] * len(self.plan.sites)
         for name, chosen in active.items():
+            if chosen is None:
+                raise InputError(f"`active` of site {name!r} must be one list per sample, got None; leave the site out to run it whole.")
             if name in self._site_number:
                 lists[self._site_number[name]] = chosen
         try:
             workspace.begin_given(lists)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise InputError(f"`active` does not fit: {error}") from error
+        except TypeError as error:
+            raise InputError("`active` must hold, by site name, one list of ints per sample; got something else.") from error
 
     def _set_gates(self, sites: Mapping[str, Site], gates: Mapping[str, Gate], costs: CostTable | None) -> None:
         gate_step = {step.ints["site"][0]: i for i, step in enumerate(self.plan.steps) if step.op == "gate"}
@@ -310,7 +314,8 @@ def _execution(workspace) -> Execution:
 
 def _join(results: list[tuple[list[Any], Execution]]) -> tuple[list[Any], Execution]:
     """Returns the outputs of groups of samples as one batch, and the sum of what was executed."""
-    outputs = [torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*(outputs for outputs, _ in results))]
+    columns = zip(*(outputs for outputs, _ in results), strict=True)
+    outputs = [torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in columns]
     done = [execution for _, execution in results]
     return outputs, Execution(
         sum(e.macs for e in done),

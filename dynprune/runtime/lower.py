@@ -1,6 +1,6 @@
 """Lowers a captured graph and its sites to a plan: walks the nodes once, lays values out, puts gates where they stand, places the memory.
 
-What the engine runs is in the tables of `lowering/shapes.py`, `mixing.py`, `elementwise.py`, `pooling.py` and `normalize.py`. Every other
+What the engine runs is in the tables of `lowering/attention.py`, `shapes.py`, `mixing.py`, `elementwise.py`, `pooling.py` and `normalize.py`. Every other
 node - an operation not listed, another type than float32, sizes that depend on the batch, samples that are mixed - is run by PyTorch
 between the engine's steps, on the same memory.
 """
@@ -15,17 +15,17 @@ from torch.utils import _pytree as pytree
 
 from dynprune.graph.capture import BATCH, Graph, Node
 from dynprune.graph.sites import Sites
-from dynprune.runtime.lowering import elementwise, mixing, normalize, pooling, shapes
+from dynprune.runtime.lowering import attention, elementwise, mixing, normalize, pooling, shapes
 from dynprune.runtime.lowering.assemble import assemble, settle_outputs
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.gating import Gates, check_branches
-from dynprune.runtime.lowering.registry import HANDLERS
-from dynprune.runtime.lowering.values import ConstantValue, DraftValue, EngineValue, NotOnEngine, TorchValue
+from dynprune.runtime.lowering.registry import HANDLERS, POSITIONLESS
+from dynprune.runtime.lowering.values import ConstantValue, DraftValue, EngineValue, MergedValue, NotOnEngine, TorchValue
 from dynprune.runtime.plan import Plan, View
 from dynprune.runtime.views import dense_strides
 
 _NEW_TENSORS = frozenset({"new_zeros", "new_ones", "new_full"})  # take from their argument no more than the dtype
-_TABLES = (elementwise, mixing, normalize, pooling, shapes)  # importing them fills HANDLERS
+_TABLES = (attention, elementwise, mixing, normalize, pooling, shapes)  # importing them fills HANDLERS
 
 
 def lower(graph: Graph, sites: Sites) -> Plan:
@@ -82,7 +82,11 @@ def _value_of(draft: Draft, node: Node) -> DraftValue:
     handler = HANDLERS.get(node.op)
     if handler is not None and draft.graph.dynamic_batch and node.dtype in (None, torch.float32):
         try:
-            return handler(draft, node)
+            if node.op not in POSITIONLESS:
+                return handler(draft, node)
+            with draft.parted(node) as first:
+                value = handler(draft, node)
+            return value if first is None else MergedValue(value, first)
         except NotOnEngine:
             pass
     return draft.torch_step(node)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from os import PathLike
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynprune.control.controller import LatencyController, PressurePolicy, check_level
+from dynprune.control.controller import LatencyController, PressurePolicy, check_level, is_number
 from dynprune.control.frontier import Frontier
 from dynprune.control.monitor import ResourceMonitor
 from dynprune.errors import CalibrationError, InputError
@@ -30,6 +29,7 @@ from dynprune.runtime.explain import explain
 from dynprune.runtime.plan import Plan
 from dynprune.runtime.session import Session, sites_in_common
 from dynprune.runtime.statistics import Stats, StatsRecorder
+from dynprune.runtime.watch import Watch
 
 MAX_SESSIONS = 8
 """Plans kept for different input shapes; the one used longest ago goes first."""
@@ -88,14 +88,14 @@ class DynamicModel(nn.Module):
         self._monitor: ResourceMonitor | None = None
         self._policy = PressurePolicy()
         self._num_threads = torch.get_num_threads()
-        self._first: Session | None = None
-        self._sessions: OrderedDict[Any, Session] = OrderedDict()
+        self._example: tuple[tuple, dict[str, Any]] | None = None
+        self._sessions: dict[Any, Session] = {}
+        self._lock = threading.RLock()
         self._sites: dict[str, Site] = {}
         self._unhooked: tuple[Ungated, ...] = ()
         self._gate_of: dict[str, Gate] = {}
-        self._watched: list[Tensor] | None = None
-        self._watched_version = 0
-        self._on_cpu: bool | None = None
+        self._model_watch: Watch | None = None
+        self._gate_watch: Watch | None = None
         self._recorder = StatsRecorder()
         self._warned: set[str] = set()
         self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
@@ -117,16 +117,17 @@ class DynamicModel(nn.Module):
         """
         began_ns = time.monotonic_ns()
         session, inputs = self._session_for(args, kwargs)
-        level, sample = self._next_level(inputs)
+        level = self._next_level(session.batch_of(inputs))
         if not self._runs_on_engine(inputs):
             result, _ = self.attachment.run(args, kwargs, level=level)
             return result
-        due_ns = 0 if deadline is None else int(deadline * 1e9)
+        due_ns = 0 if deadline is None else _due_ns(deadline)
         if self._controller is not None:
             budget_end_ns = began_ns + int(self._controller.budget_ms * 1e6)
             due_ns = min(due_ns, budget_end_ns) if due_ns else budget_end_ns
         slowdown = 1.0 if self._controller is None else self._controller.slowdown
-        outputs, execution = self._engine_of(session).run(inputs, level=level, deadline_ns=due_ns, slowdown=slowdown)
+        engine = session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
+        outputs, execution = engine.run(inputs, level=level, deadline_ns=due_ns, slowdown=slowdown)
         result = session.pack(outputs)
         self._record(session, inputs, execution, level, (time.monotonic_ns() - began_ns) * 1e-6)
         return result
@@ -145,13 +146,15 @@ class DynamicModel(nn.Module):
         """
         if backend not in ("engine", "hooked"):
             raise InputError(f"`backend` must be 'engine' or 'hooked', got {backend!r}.")
+        if not isinstance(active, Mapping):
+            raise InputError(f"`active` must be a dict from site names to one list per sample, got {type(active).__name__}.")
         began_ns = time.monotonic_ns()
         session, tensors = self._session_for(inputs, kwargs)
         check_site_names(self.sites, active)
-        engine = self._engine_of(session)
+        engine = session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
         if backend == "hooked":
+            execution = engine.executed_for(active, session.batch_of(tensors))
             result, _ = self.attachment.run(inputs, kwargs, level=1.0, active=active)
-            execution = engine.executed_for(active, tensors[0].shape[0])
         else:
             with torch.no_grad():
                 outputs, execution = engine.run(tensors, active=active)
@@ -224,7 +227,7 @@ class DynamicModel(nn.Module):
     @property
     def sites(self) -> tuple[Site, ...]:
         """Where gates stand."""
-        self._captured()
+        self._check_captured()
         return tuple(self._sites.values())
 
     @property
@@ -235,7 +238,7 @@ class DynamicModel(nn.Module):
     @property
     def example(self) -> tuple[tuple, dict[str, Any]]:
         """Positional and keyword arguments of the call that the model was first captured from."""
-        self._captured()
+        self._check_captured()
         return self._example
 
     @property
@@ -269,7 +272,7 @@ class DynamicModel(nn.Module):
     def engine_for(self, *inputs: Any, **kwargs: Any) -> Engine:
         """Returns the engine that runs inputs of these shapes."""
         session, _ = self._session_for(inputs, kwargs)
-        return self._engine_of(session)
+        return session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
 
     def flat_inputs(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
         """Returns the tensors of a call in the order in which the engine takes them."""
@@ -284,7 +287,7 @@ class DynamicModel(nn.Module):
         self._refresh_sessions(weights=False)
 
     def refresh(self) -> None:
-        """Makes the engine take the weights and gates as they are now; needed only after a parameter object was replaced."""
+        """Makes the engine take the weights as they are now; needed only after writes through `tensor.data`, which leave no trace."""
         self._refresh_sessions(weights=True)
 
     # ------------------------------------------------------------------ files and copies
@@ -310,7 +313,7 @@ class DynamicModel(nn.Module):
         twin = DynamicModel(
             copy.deepcopy(self.model, memo), include=self.include, exclude=self.exclude, group_size=self.group_size
         )
-        if self._first is not None:
+        if self._example is not None:
             twin._session_for(*copy.deepcopy(self._example, memo))
             twin.gates.load_state_dict(self.gates.state_dict())
         twin._level, twin._num_threads, twin._policy = self._level, self._num_threads, self._policy
@@ -322,13 +325,12 @@ class DynamicModel(nn.Module):
         raise InputError("A DynamicModel is not pickled; use dm.save(path) and DynamicModel.load(path, model).")
 
     def extra_repr(self) -> str:
-        if self._first is None:
+        if self._example is None:
             return "not captured yet"
         return f"{len(self._sites)} sites, level={self.level:.2f}, num_threads={self._num_threads}"
 
     def _apply(self, fn, recurse: bool = True):
         result = super()._apply(fn, recurse)
-        self._on_cpu = None
         self.refresh()
         return result
 
@@ -345,26 +347,29 @@ class DynamicModel(nn.Module):
             None if len(leaves) == len(inputs) else tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
             tuple(kwargs),
         )
+        if not self.training:
+            self._follow_changes()
         session = self._sessions.get(key)
         if session is None:
-            session = self._capture(key, args, kwargs)
+            with self._lock:
+                session = self._sessions.get(key) or self._capture(key, args, kwargs)
         session.check_batch(inputs)
+        session.last_used_ns = time.monotonic_ns()
         return session, inputs
 
     def _capture(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Session:
         if any(isinstance(x, Tensor) and x.ndim and x.shape[0] == 0 for x in pytree.tree_leaves((args, kwargs))):
             raise InputError("The batch must hold at least 1 sample, got 0.")
-        session = Session(
-            self.model, args, kwargs, include=self.include, exclude=self.exclude, group_size=self.group_size
-        )
-        if self._first is None:
+        session = Session(self.model, args, kwargs, include=self.include, exclude=self.exclude, group_size=self.group_size)
+        if self._example is None:
             self._take_sites(session)
             self._example = (args, kwargs)
+            self._watch()
         else:
             session.sites = sites_in_common(session.sites, self._sites)
+        if len(self._sessions) == MAX_SESSIONS:
+            del self._sessions[min(self._sessions, key=lambda known: self._sessions[known].last_used_ns)]
         self._sessions[key] = session
-        if len(self._sessions) > MAX_SESSIONS:
-            self._sessions.popitem(last=False)
         return session
 
     def _take_sites(self, session: Session) -> None:
@@ -380,26 +385,37 @@ class DynamicModel(nn.Module):
         for name in self._sites:
             self.gates[gate_key(name)] = gates[name].to(device).train(self.training)
             self._gate_of[name] = gates[name]
-        self._first = session
+
+    def _check_captured(self) -> None:
+        if self._example is None:
+            raise InputError("The model is captured at its first call; pass `example_inputs` or call it once.")
 
     def _captured(self) -> Session:
-        if self._first is None:
-            raise InputError("The model is captured at its first call; pass `example_inputs` or call it once.")
-        return self._first
+        """Returns the session for the shapes of the example."""
+        args, kwargs = self.example
+        return self._session_for(args, kwargs)[0]
 
-    def _engine_of(self, session: Session) -> Engine:
-        if self._watched is None or self._watched_version != sum(map(_VERSION, self._watched)):
-            self._refresh_sessions(weights=True)
-            tensors = (*self.model.parameters(), *self.model.buffers(), *self.gates.parameters())
-            # Counters are not folded into any weight, and tensors made in inference mode count no versions.
-            self._watched = [t for t in tensors if t.is_floating_point() and not t.is_inference()]
-            self._watched_version = sum(map(_VERSION, self._watched))
-        return session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
+    def _follow_changes(self) -> None:
+        """Makes later calls capture a model again in which a module or weight was replaced, and fold weights again that were written."""
+        model, gates = self._model_watch, self._gate_watch
+        if model is None or not (model.replaced() or model.written() or gates.replaced() or gates.written()):
+            return
+        with self._lock:
+            if self._model_watch is not model:
+                return
+            self._watch()
+            if model.replaced():
+                self._sessions.clear()
+            else:
+                self._refresh_sessions(weights=model.written())
+
+    def _watch(self) -> None:
+        self._model_watch, self._gate_watch = Watch(self.model), Watch(self.gates)
 
     def _refresh_sessions(self, *, weights: bool) -> None:
-        for session in [*self._sessions.values(), *([self._first] if self._first else [])]:
-            session.refresh(weights=weights)
-        self._watched = None
+        with self._lock:
+            for session in self._sessions.values():
+                session.refresh(weights=weights)
 
     def _runs_on_engine(self, inputs: list[Tensor]) -> bool:
         if self.training or any(x.device.type != "cpu" for x in inputs):
@@ -407,15 +423,16 @@ class DynamicModel(nn.Module):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.model.parameters())):
             self._warn_once("grad", "Gradients are enabled, so this call runs on PyTorch; use torch.no_grad() to run on the engine.")
             return False
-        if self._on_cpu is None:
-            self._on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
-        return self._on_cpu
+        if torch.is_autocast_enabled("cpu"):
+            self._warn_once("autocast", "Autocast is enabled, so this call runs on PyTorch; the engine computes in float32, without it.")
+            return False
+        return self._model_watch.on_cpu()
 
-    def _next_level(self, inputs: list[Tensor]) -> tuple[float, Any]:
+    def _next_level(self, batch: int) -> float:
         sample = None if self._monitor is None else self._monitor.sample()
         level = self._level
         if self._controller is not None and not self.training:
-            level = self._controller.next_level(sample, work=float(inputs[0].shape[0]))
+            level = self._controller.next_level(sample, work=float(batch))
             if not self._controller.reachable:
                 self._warn_once(
                     "budget",
@@ -424,14 +441,15 @@ class DynamicModel(nn.Module):
                 )
         if sample is not None and not self.training:
             level = max(level, self._policy.level_floor(sample))
-        return level, sample
+        return level
 
     def _record(self, session: Session, inputs: list[Tensor], execution: Execution, level: float | None, latency_ms: float) -> None:
-        batch = inputs[0].shape[0]
+        batch = session.batch_of(inputs)
         missed = False
         if self._controller is not None and level is not None:
             missed = latency_ms > self._controller.budget_ms
-            self._controller.observe(latency_ms, execution.predicted_ms, level=level, work=float(batch), guarded=execution.guard_actions > 0)
+            guarded = execution.guard_actions > 0
+            self._controller.observe(latency_ms, execution.predicted_ms, level=level, work=float(batch), guarded=guarded)
         totals = session.totals
         self._recorder.add(
             samples=batch,
@@ -451,6 +469,7 @@ class DynamicModel(nn.Module):
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-_VERSION = attrgetter("_version")
-"""How often a tensor was written in place."""
-
+def _due_ns(deadline: float) -> int:
+    if not is_number(deadline):
+        raise InputError(f"`deadline` must be a finite number of seconds on the clock of time.monotonic(), got {deadline!r}.")
+    return max(1, int(deadline * 1e9))

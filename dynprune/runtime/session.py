@@ -38,11 +38,16 @@ class Session:
         model: the user's model.
         args, kwargs: an example call.
         include, exclude, group_size: see `find_sites`.
+
+    Attributes:
+        last_used_ns: `time.monotonic_ns` of the last call; 0 before the first.
     """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], *, include, exclude, group_size: int):
-        self.graph: Graph = capture(model, args, kwargs)
+        with torch.autocast("cpu", enabled=False):
+            self.graph: Graph = capture(model, args, kwargs)
         self.sites: Sites = find_sites(self.graph, include=include, exclude=exclude, group_size=group_size)
+        self.last_used_ns = 0
         self._lock = threading.Lock()
         self._plan: Plan | None = None
         self._engine: Engine | None = None
@@ -92,6 +97,10 @@ class Session:
             return outputs[0]
         return pytree.tree_unflatten(outputs, self.graph.out_spec)
 
+    def batch_of(self, inputs: list[Tensor]) -> int:
+        """Returns the batch size of a call; of a model that fixes it, the one it was captured with."""
+        return inputs[0].shape[0] if self.graph.dynamic_batch else self.graph.batch_size
+
     def check_batch(self, inputs: list[Tensor]) -> None:
         """Raises InputError where the inputs' batch sizes are empty, differ, or are not the captured one of a fixed-batch model."""
         sizes = [x.shape[0] if x.ndim else 1 for x in inputs]
@@ -105,7 +114,7 @@ class Session:
 
     def _lowered(self) -> Plan:
         if self._plan is None:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self._plan = lower(self.graph, self.sites)
         return self._plan
 

@@ -109,7 +109,7 @@ class StatsRecorder:
             latencies = list(self._latencies_ms)
             rows: dict[str, np.ndarray] = {}
             for names, table in self._rows.items():
-                for name, column in zip(names, table.T):
+                for name, column in zip(names, table.T, strict=True):
                     rows[name] = rows.get(name, 0) + column
             return Stats(
                 inferences=self._inferences,

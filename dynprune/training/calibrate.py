@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import platform
 import sys
@@ -25,7 +24,7 @@ from dynprune.runtime.model import DynamicModel
 from dynprune.runtime.plan import Plan
 from dynprune.timing import measure_interleaved
 from dynprune.training.allocation import Sensitivity, allocate
-from dynprune.training.costing import executed, measure_costs, step_costs
+from dynprune.training.costing import fit_to_latencies, measure_costs, step_costs
 from dynprune.training.samples import Chunk, nth_sample, read_samples, split, take
 from dynprune.training.scores import fit_channels, record_channels, record_pooled
 from dynprune.training.sensitivity import Metric, agreement, branch_errors, channel_errors, fit_branch, joint_thresholds
@@ -168,19 +167,21 @@ class _Calibration:
         chunks = self._affordable(self.held_out, LEVELS_SECONDS, 2 * self.levels)
         references = [self._whole(chunk) for chunk in chunks]
         latencies_ms = self._latencies_ms()
-        level_ms, points = [], []
+        shares, accuracies = [], []
         for i in range(self.levels):
             self.report(0.8 + 0.2 * i / self.levels, f"measuring level {i} of {self.levels - 1}")
-            level = i / (self.levels - 1)
-            results = [self.attachment.run(chunk.args, chunk.kwargs, level=level) for chunk in chunks]
-            shares = {name: torch.cat([masks[name].mean(1) for _, masks in results]) for name in results[0][1]}
-            step_ms, skip_rate = executed(self.plan, table, shares)
-            level_ms.append(step_ms)
-            batch_ms = step_ms.sum() * (self.plan.fixed_batch or 1)
-            accuracy = self._accuracy(chunks, [output for output, _ in results], references)
-            points.append(OperatingPoint(level, batch_ms, latencies_ms[i], min(1.0, max(0.0, skip_rate)), accuracy))
-        engine = f"{platform.machine()} {self._engine().isa}, {self.dm.num_threads} threads"
-        return Frontier(tuple(points), engine), dataclasses.replace(table, level_ms=np.stack(level_ms))
+            results = [self.attachment.run(chunk.args, chunk.kwargs, level=self._level(i)) for chunk in chunks]
+            shares.append({name: torch.cat([masks[name].mean(1) for _, masks in results]) for name in results[0][1]})
+            accuracies.append(self._accuracy(chunks, [output for output, _ in results], references))
+        batch = self.plan.fixed_batch or 1
+        costs, skip_rates = fit_to_latencies(self.plan, table, shares, [ms / batch for ms in latencies_ms])
+        points = [
+            OperatingPoint(
+                self._level(i), costs.level_ms[i].sum() * batch, latencies_ms[i], min(1.0, max(0.0, skip_rates[i])), accuracies[i]
+            )
+            for i in range(self.levels)
+        ]
+        return Frontier(tuple(points), f"{platform.machine()} {self._engine().isa}, {self.dm.num_threads} threads"), costs
 
     def _latencies_ms(self) -> list[float]:
         """Returns the engine's median latency at each level, over a few of the samples in turn."""
@@ -192,7 +193,7 @@ class _Calibration:
             turn = itertools.cycle(samples)
             return lambda: engine.run(next(turn), level=level)
 
-        runs = {str(i): run_at(i / (self.levels - 1)) for i in range(self.levels)}
+        runs = {str(i): run_at(self._level(i)) for i in range(self.levels)}
         measured = measure_interleaved(runs, seconds=LATENCY_SECONDS, block_seconds=LATENCY_SECONDS, pause_seconds=0.0)
         return [measured[str(i)].median_ms for i in range(self.levels)]
 
@@ -206,6 +207,9 @@ class _Calibration:
     def _engine(self) -> Engine:
         gates = {name: self.attachment.gate(name) for name in self.sites}
         return Engine(self.plan, self.sites, gates, num_threads=self.dm.num_threads)
+
+    def _level(self, number: int) -> float:
+        return number / (self.levels - 1)
 
     def _single(self, number: int) -> list[Tensor]:
         """Returns the flattened input of one held-out sample, or a whole chunk for a model of a fixed batch size."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,16 +15,19 @@ from dynprune.runtime.plan import Plan, Step
 from dynprune.timing import measure
 from dynprune.training.allocation import StepCost
 
-RUNS = 9
-"""Profiled runs per keep ratio; the median counts."""
+RUNS = 12
+"""Profiled runs per keep ratio."""
 LEAST_SCALED = 0.1
 """A gated step's time follows its rows at least to this share, however noisy the two measurements were."""
+LEAST_FACTOR = 0.2
+"""Where the latencies would scale a part of the table by less than this, they are too noisy to tell the parts apart."""
 
 
 def measure_costs(engine: Engine, inputs: Sequence[Tensor], sites: Mapping[str, Site]) -> CostTable:
     """Returns the cost table of the engine's plan, without `level_ms`: two-point fits from whole runs and runs at half the channels.
 
-    What a run takes beyond its steps counts to PyTorch's steps, which the engine does not time, or to the first step.
+    The lower quartile of the runs counts, as other programs only ever add time. What a run takes beyond its steps counts to PyTorch's
+    steps, which the engine does not time, or to the first step.
 
     Args:
         engine: at the threads to be served with.
@@ -34,23 +37,18 @@ def measure_costs(engine: Engine, inputs: Sequence[Tensor], sites: Mapping[str, 
     plan = engine.plan
     batch = inputs[0].shape[plan.inputs[0].batch_dim]
     generator = torch.Generator().manual_seed(0)
+    groups = {site.name: sites[site.name].num_groups for site in plan.sites if site.kind == "channels"}
 
-    def half() -> dict[str, list[list[int]]]:
-        groups = {s.name: sites[s.name].num_groups for s in plan.sites if s.kind == "channels"}
-        return {
-            name: [torch.randperm(n, generator=generator)[: max(1, n // 2)].sort().values.tolist() for _ in range(batch)]
-            for name, n in groups.items()
-        }
+    def half(count: int) -> list[list[int]]:
+        return [torch.randperm(count, generator=generator)[: max(1, count // 2)].sort().values.tolist() for _ in range(batch)]
 
-    profile: Callable = engine.step_times_ms
-    profile(inputs), profile(inputs, active=half())
-    pairs = [(profile(inputs), profile(inputs, active=half())) for _ in range(RUNS)]
-    whole_ms, half_ms = (np.median([pair[i] for pair in pairs], 0) / batch for i in (0, 1))
-    total_ms = measure(lambda: engine.run(inputs), min_seconds=0.1).median_ms / batch
-    rest_ms = total_ms - whole_ms.sum()
-    if rest_ms < 0:  # the clock reads of a profiled run cost something themselves
-        whole_ms, half_ms = whole_ms * (total_ms / whole_ms.sum()), half_ms * (total_ms / whole_ms.sum())
-        rest_ms = 0.0
+    whole, halved, total = [], [], []
+    for _ in range(RUNS + 1):  # the first warms up
+        whole.append(engine.step_times_ms(inputs))
+        halved.append(engine.step_times_ms(inputs, active={name: half(count) for name, count in groups.items()}))
+        total.append(measure(lambda: engine.run(inputs), min_seconds=0.0, min_runs=1, warmup=0).median_ms)
+    whole_ms, half_ms, total_ms = (np.percentile(times[1:], 25, 0) / batch for times in (whole, halved, total))
+    rest_ms = max(0.0, total_ms - whole_ms.sum())
     shares = np.array([0.5 ** len(_channel_sites(plan, step)) for step in plan.steps])
     gated = shares < 1
     saved_ms = (whole_ms - half_ms) / np.where(gated, 1 - shares, 1.0)
@@ -63,6 +61,30 @@ def measure_costs(engine: Engine, inputs: Sequence[Tensor], sites: Mapping[str, 
     return CostTable(tuple(fixed_ms.tolist()), tuple(scaled_ms.tolist()), np.zeros((0, len(plan.steps))), plan_signature(plan))
 
 
+def fit_to_latencies(
+    plan: Plan, table: CostTable, shares: Sequence[Mapping[str, Tensor]], latencies_ms: Sequence[float]
+) -> tuple[CostTable, list[float]]:
+    """Returns the table scaled to measured latencies, with its `level_ms`, and the share of multiply-adds skipped at each level.
+
+    All fixed times are multiplied by one factor and all scaled times by another, by least squares over the levels, as a profiled step
+    has caches and threads to itself in another way than a step in a run.
+
+    Args:
+        plan, table: as for `step_costs`.
+        shares: by level: site name to the share of groups that ran, per sample (N,); a site not named ran whole.
+        latencies_ms: by level, for one sample.
+    """
+    fixed, scaled, skip_rates = (np.stack(part) for part in zip(*(_executed(plan, table, level) for level in shares), strict=True))
+    parts = np.stack([fixed.sum(1), scaled.sum(1)], 1)
+    measured = np.asarray(latencies_ms)
+    factors = np.linalg.lstsq(parts, measured, rcond=None)[0]
+    if factors.min() < LEAST_FACTOR:
+        both = parts.sum(1)
+        factors = np.full(2, both @ measured / (both @ both))
+    fixed_ms, scaled_ms = (tuple((np.asarray(t) * f).tolist()) for t, f in zip((table.fixed_ms, table.scaled_ms), factors, strict=True))
+    return CostTable(fixed_ms, scaled_ms, fixed * factors[0] + scaled * factors[1], table.signature), skip_rates.tolist()
+
+
 def step_costs(plan: Plan, table: CostTable) -> list[StepCost]:
     """Returns the cost of each step with the names of the sites it depends on."""
     return [
@@ -71,20 +93,15 @@ def step_costs(plan: Plan, table: CostTable) -> list[StepCost]:
     ]
 
 
-def executed(plan: Plan, table: CostTable, shares: Mapping[str, Tensor]) -> tuple[np.ndarray, float]:
-    """Returns the predicted milliseconds of each step (steps,), mean over samples, and the share of multiply-adds skipped.
-
-    Args:
-        plan: of the table.
-        table: its fixed and scaled times are used.
-        shares: site name to the share of groups that ran per sample (N,); sites not named ran whole.
-    """
-    step_ms, macs = np.zeros(len(plan.steps)), 0.0
+def _executed(plan: Plan, table: CostTable, shares: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Returns the fixed and the scaled milliseconds of each step (steps,), means over samples, and the share of multiply-adds skipped."""
+    fixed_ms, scaled_ms, macs = np.zeros(len(plan.steps)), np.zeros(len(plan.steps)), 0.0
     for i, step in enumerate(plan.steps):
         inner, outer = (_product(shares, names) for names in (_channel_sites(plan, step), [plan.sites[b].name for b in step.branches]))
-        step_ms[i] = np.mean((table.fixed_ms[i] + table.scaled_ms[i] * inner) * outer)
+        fixed_ms[i] = table.fixed_ms[i] * np.mean(outer)
+        scaled_ms[i] = table.scaled_ms[i] * np.mean(inner * outer)
         macs += step.macs * np.mean(inner * outer)
-    return step_ms, 1 - macs / max(1, sum(step.macs for step in plan.steps))
+    return fixed_ms, scaled_ms, 1 - macs / max(1, sum(step.macs for step in plan.steps))
 
 
 def _channel_sites(plan: Plan, step: Step) -> list[str]:

@@ -23,6 +23,8 @@ from dynprune.training.samples import Chunk
 
 REFERENCE_KEEP = 0.6
 """The keep ratio at which the skipped channels' means are taken; between 0.5 and 0.75 the results hardly differed."""
+MEAN_ROUNDS = 3
+"""Rounds of choosing what to skip and taking the means over it, starting from the means over all samples."""
 COMPENSATION_COST = 1 / 16
 """Compensation costs one multiply-add per weight column and output; it is used where the consumer has this many times more."""
 RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -97,8 +99,11 @@ def fit_channels(site: Site, record: SiteRecord, rank: int, *, compensate: bool)
     pooled = torch.cat(record.pooled).double()
     compensated = torch.tensor([compensate and consumer.can_compensate for consumer in record.consumers])
     means = torch.zeros(len(record.consumers), site.num_channels, dtype=torch.float64)
+    for index, consumer in enumerate(record.consumers):
+        if compensated[index]:
+            means[index] = torch.cat(consumer.sums).double().mean(0) / consumer.positions
     regression = Regression(pooled)
-    for _ in range(3 if compensated.any() else 0):
+    for _ in range(MEAN_ROUNDS if compensated.any() else 0):
         scores = regression.predictions(_relative(_contributions(site, record, means)))
         skipped = (scores <= quantile(scores, 1 - REFERENCE_KEEP)).double().repeat_interleave(site.group_size, 1)
         for index, consumer in enumerate(record.consumers):

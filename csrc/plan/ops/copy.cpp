@@ -41,7 +41,8 @@ std::vector<Dimension> read_dimensions(const StepSpec& spec, bool has_input) {
 
 // Sorted by out_stride, largest first, neighbours merged; at least two dimensions, the last two of which make the tiles.
 std::vector<Dimension> merge_dimensions(std::vector<Dimension> dimensions) {
-  std::stable_sort(dimensions.begin(), dimensions.end(), [](const Dimension& a, const Dimension& b) { return a.out_stride > b.out_stride; });
+  std::stable_sort(dimensions.begin(), dimensions.end(),
+                   [](const Dimension& a, const Dimension& b) { return a.out_stride > b.out_stride; });
   std::vector<Dimension> merged;
   for (const Dimension& inner : dimensions) {
     if (!merged.empty() && merged.back().in_stride == inner.in_stride * inner.size &&
@@ -83,7 +84,8 @@ class Tiles {
       elements *= dimensions_[d].size;
     }
     if (elements == 0) count_ = 0;
-    chunks_ = std::clamp<int64_t>(wanted_chunks(ns_per_element * static_cast<double>(elements), num_threads), 1, std::max<int64_t>(1, count_));
+    const int64_t wanted = wanted_chunks(ns_per_element * static_cast<double>(elements), num_threads);
+    chunks_ = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, count_));
   }
 
   const Dimension& line() const { return dimensions_.back(); }

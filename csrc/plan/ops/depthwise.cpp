@@ -15,7 +15,8 @@ class DepthwiseOp final : public BlockOp {
     reader.check(spec_.inputs.size() == 1, "must have 1 input, got " + std::to_string(spec_.inputs.size()));
     weight_ = reader.constant("weight", {shape.in_channels, shape.taps()});
     bias_ = reader.constant("bias", {shape.in_channels});
-    const double vectors = static_cast<double>(shape.in_channels * shape.out_height * ((shape.out_width + kernels.lanes - 1) / kernels.lanes));
+    const int64_t row_vectors = (shape.out_width + kernels.lanes - 1) / kernels.lanes;
+    const auto vectors = static_cast<double>(shape.in_channels * shape.out_height * row_vectors);
     BlockLimits limits;
     limits.unit = shape.out_width;
     limits.total_ns = 0.5 * vectors * static_cast<double>(shape.taps() + 4 * shape.stride_x * shape.stride_y);

@@ -38,7 +38,8 @@ class PoolOp final : public BlockOp {
     const SpecReader reader(spec_);
     const ConvShape& shape = map_.shape();
     if (read_average(reader)) count_windows(reader);
-    const double vectors = static_cast<double>(shape.in_channels * shape.in_height * ((shape.in_width + kernels.lanes - 1) / kernels.lanes));
+    const int64_t row_vectors = (shape.in_width + kernels.lanes - 1) / kernels.lanes;
+    const auto vectors = static_cast<double>(shape.in_channels * shape.in_height * row_vectors);
     BlockLimits limits;
     limits.unit = shape.out_width;
     limits.total_ns = 0.5 * vectors * static_cast<double>(4 + shape.kernel_height + shape.kernel_width);

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -106,10 +107,29 @@ class Draft:
         self.values[node] = value
         return value
 
-    def apart(self, node: Any, order: Sequence[int] | None = None) -> EngineValue:
+    def apart(self, node: Any) -> EngineValue:
         """Returns `engine(node)`, or, where the batch shares a dimension with a neighbour, the value with the two apart."""
         value = self.values.get(node) if isinstance(node, Node) else None
-        return value.base if isinstance(value, MergedValue) else self.engine(node, order)
+        return value.base if isinstance(value, MergedValue) else self.engine(node)
+
+    @contextmanager
+    def parted(self, node: Node) -> Iterator[int | None]:
+        """Inside it, the inputs of `node` in which the batch shares a dimension have it apart; gives the first of the two dimensions.
+
+        Gives None where there are no such inputs. For an operation that does not care for the dimensions up to the shared one.
+        """
+        merged = {used: value for used in node.inputs if isinstance(value := self.values[used], MergedValue)}
+        first = next((value.first for value in merged.values()), None)
+        if merged:
+            others = [used for used in node.inputs if used not in merged]
+            same = len({(value.first, value.base.view.sizes, value.base.view.batch_dim) for value in merged.values()}) == 1
+            if not same or not all(isinstance(self.values[used], ConstantValue) for used in others):
+                raise NotOnEngine("the batch is mixed with other dimensions")
+        self.values.update({used: value.base for used, value in merged.items()})
+        try:
+            yield first
+        finally:
+            self.values.update({used: replace(value, base=self.values[used]) for used, value in merged.items()})
 
     def _store(self, node: Node, value: TorchValue, order: Sequence[int] | None) -> EngineValue:
         if value.step is None or node.shape[0] != BATCH or None in node.shape:
@@ -160,9 +180,9 @@ class Draft:
     def planar(self, node: Node, row_dim: int) -> tuple[Rows, EngineValue]:
         """Returns the node's value as rows along `row_dim` by positions along the other dimensions in order; copies it if need be."""
         known = self.values[node]
-        rank = len(known.base.view.sizes) if isinstance(known, MergedValue) else len(node.shape) - 1
+        rank = len(known.view.sizes if isinstance(known, EngineValue) else node.shape[1:])
         order = (row_dim, *(d for d in range(rank) if d != row_dim))
-        value = self.apart(node, order)
+        value = self.engine(node, order)
         rows = views.as_rows(value.view, row_dim)
         if rows is None:
             value = self.relaid(node, order)

@@ -74,9 +74,10 @@ def _activation_of(draft: Draft, node: Node) -> tuple[str, float, float]:
     raise NotOnEngine("an activation, or parameters of one, without a kernel")
 
 
-@lowers(
-    *_PLAIN, "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "gelu", "leaky_relu", "prelu", "elu", "softplus", "pow"
-)  # fmt: skip
+_PARAMETRIC = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "gelu", "leaky_relu", "prelu", "elu", "softplus", "pow")
+
+
+@lowers(*_PLAIN, *_PARAMETRIC, positionless=True)
 def activate(draft: Draft, node: Node) -> EngineValue:
     kind, low, high = _activation_of(draft, node)
     x = draft.engine(node.args[0])
@@ -118,7 +119,7 @@ def scale_rows(draft: Draft, node: Node, source: Node, row_dim: int, scale: np.n
     return draft.written(node, view, step)
 
 
-@lowers("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "max", "min")
+@lowers("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "max", "min", positionless=True)
 def combine(draft: Draft, node: Node) -> EngineValue:
     left, right = _operands(node)
     kind = {"rsub": "sub", "maximum": "max", "minimum": "min"}.get(node.op, node.op)
@@ -153,6 +154,8 @@ def _constant_operand(draft: Draft, item: Any) -> np.ndarray | None:
 
 def _with_constant(draft: Draft, node: Node, source: Node, constant: np.ndarray, kind: str, *, reverse: bool) -> EngineValue:
     x = draft.engine(source)
+    if len(source.shape) == len(x.view.sizes) and constant.ndim >= len(source.shape) - source.shape.index(None):
+        raise NotOnEngine("a constant along a dimension that the batch shares")
     sizes = _without_batch(constant, x.view.batch_dim, len(x.view.sizes) + 1)
     constant = constant.reshape(sizes)
     if np.broadcast(constant, np.empty(x.view.sizes, np.bool_)).shape != x.view.sizes:

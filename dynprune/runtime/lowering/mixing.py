@@ -20,7 +20,7 @@ from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft, as_array
 from dynprune.runtime.lowering.elementwise import scale_rows
 from dynprune.runtime.lowering.registry import lowers, pair
-from dynprune.runtime.lowering.values import EngineValue, MergedValue, NotOnEngine, PaddedValue
+from dynprune.runtime.lowering.values import EngineValue, NotOnEngine, PaddedValue
 from dynprune.runtime.plan import Rows
 
 
@@ -81,13 +81,13 @@ def _padding(padding: int | str | list[int], kernel: list[int], dilation: list[i
     return _plane(padding, 0, flat) * 2
 
 
-@lowers("linear")
-def linear(draft: Draft, node: Node) -> EngineValue | MergedValue:
+@lowers("linear", positionless=True)
+def linear(draft: Draft, node: Node) -> EngineValue:
     return _features(draft, node, node.args[0], *_weight_and_bias(draft, node))
 
 
-@lowers("addmm", "mm", "matmul")
-def matrix_product(draft: Draft, node: Node) -> EngineValue | MergedValue:
+@lowers("addmm", "mm", "matmul", positionless=True)
+def matrix_product(draft: Draft, node: Node) -> EngineValue:
     source, factor = node.args[1:3] if node.op == "addmm" else node.args[:2]
     weight, bias = draft.constant(factor), draft.constant(node.args[0]) if node.op == "addmm" else None
     if weight is None or weight.ndim != 2 or weight.dtype != torch.float32 or node.arguments.get("alpha", 1) != 1:
@@ -97,25 +97,22 @@ def matrix_product(draft: Draft, node: Node) -> EngineValue | MergedValue:
     return _features(draft, node, source, weight.t(), np.zeros(weight.shape[1], np.float32) if bias is None else as_array(bias))
 
 
-def _features(draft: Draft, node: Node, operand: Node, weight: torch.Tensor, bias: np.ndarray) -> EngineValue | MergedValue:
+def _features(draft: Draft, node: Node, operand: Node, weight: torch.Tensor, bias: np.ndarray) -> EngineValue:
     """Emits a linear layer over the last dimension of `operand`, weight (out, in)."""
-    source = draft.apart(operand, _channels_outermost(operand)).view
-    known, last = draft.values[operand], len(source.sizes) - 1
-    merged = known.first if isinstance(known, MergedValue) else None
-    if last < 0 or source.batch_dim == last + 1 or merged == last or weight.ndim != 2:
-        raise NotOnEngine("the batch is a part of the features")
+    source = draft.engine(operand, _channels_outermost(operand)).view
+    last = len(source.sizes) - 1
+    if last < 0 or source.batch_dim == last + 1 or weight.ndim != 2:
+        raise NotOnEngine("the batch is the feature dimension")
     out_sizes, tokens = (*source.sizes[:-1], weight.shape[0]), prod(source.sizes[:-1])
     if tokens == 1:
-        value = _one_position(draft, node, operand, weight, bias, out_sizes)
-        return value if merged is None else MergedValue(value, merged)
+        return _one_position(draft, node, operand, weight, bias, out_sizes)
     rows, x = draft.planar(operand, last)
     view = draft.new_view(node, out_sizes, (last, *range(last)), x.view.batch_dim)
     ints = {"in_size": [weight.shape[1], 1, tokens], "out_size": [weight.shape[0], 1, tokens], "kernel": [1, 1], "stride": [1, 1]}
     ints |= {"padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": [1]}
     output = Rows(view.buffer, 0, weight.shape[0], tokens, tokens)
     step = draft.emit("conv", node, [(rows, x)], output, ints=ints, constants={"weight": as_array(weight), "bias": bias})
-    value = draft.written(node, view, step)
-    return value if merged is None else MergedValue(value, merged)
+    return draft.written(node, view, step)
 
 
 def _channels_outermost(node: Node) -> tuple[int, ...]:
@@ -126,7 +123,7 @@ def _channels_outermost(node: Node) -> tuple[int, ...]:
 
 def _one_position(draft: Draft, node: Node, source: Node, weight: torch.Tensor, bias: np.ndarray, out_sizes: tuple[int, ...]) -> EngineValue:
     """Emits a matrix-vector product over all features of a sample, in the order of the weight's columns."""
-    x = draft.apart(source)
+    x = draft.engine(source)
     features = views.numel(x.view)
     if views.collapse(x.view.sizes, x.view.strides) not in ((features, 1), (1, 1)):
         x = draft.relaid(source, range(len(x.view.sizes)))

@@ -58,7 +58,7 @@ def _emit(draft: Draft, node: Node, op: str, x: EngineValue, rows: Rows, axis: i
     return draft.written(node, view, step)
 
 
-@lowers("layer_norm")
+@lowers("layer_norm", positionless=True)
 def layer_norm(draft: Draft, node: Node) -> EngineValue:
     arguments, x = node.arguments, draft.engine(node.args[0])
     count, rank = len(arguments["normalized_shape"]), len(x.view.sizes)

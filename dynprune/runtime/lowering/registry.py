@@ -13,13 +13,17 @@ Handler = Callable[[Draft, Node], DraftValue]
 HANDLERS: dict[str, Handler] = {}
 """A handler returns the node's value, or raises `NotOnEngine`, before it has emitted anything, to leave the node to PyTorch."""
 
+POSITIONLESS: set[str] = set()
+"""Operations for which a batch that shares a dimension with a neighbour makes no difference."""
 
-def lowers(*ops: str) -> Callable[[Handler], Handler]:
-    """Enters the decorated function as the handler of these operations."""
+
+def lowers(*ops: str, positionless: bool = False) -> Callable[[Handler], Handler]:
+    """Enters the decorated function as the handler of these operations; `positionless` ones only know the last dimension, or none."""
 
     def enter(handler: Handler) -> Handler:
         for op in ops:
             HANDLERS[op] = handler
+        POSITIONLESS.update(ops if positionless else ())
         return handler
 
     return enter
