@@ -47,7 +47,7 @@ def channel_mask(site: Site, rows: list[list[int]], repeat: int, value: torch.Te
     """Returns ones where the value's channels run and zeros where they do not, of a shape that broadcasts."""
     mask = torch.zeros(len(rows), site.num_groups)
     for sample, groups in enumerate(rows):
-        mask[sample, groups] = 1.0
+        mask[sample, torch.tensor(groups, dtype=torch.long)] = 1.0
     mask = mask.repeat_interleave(site.group_size, 1).repeat_interleave(repeat, 1)
     shape = [1] * value.ndim
     shape[0], shape[dim] = mask.shape

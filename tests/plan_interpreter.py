@@ -43,7 +43,7 @@ ACTIVATIONS = {
 
 @dataclass
 class Run:
-    """What a run of a plan gave: the outputs, and the pooled input of every gate by site name, (N, channels)."""
+    """What a run of a plan gave: the outputs, and the pooled input, (N, channels), of every gate that was asked, by site name."""
 
     outputs: list
     pooled: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class _Interpreter:
         for site in plan.sites:
             groups = active.get(site.name, [list(range(site.num_channels // site.group_size))] * self.batch)
             self.rows_of_site.append([[g * site.group_size + i for g in sample for i in range(site.group_size)] for sample in groups])
-        self.pooled = {site.name: torch.full((self.batch, 0), float("nan")) for site in plan.sites}
+        self.pooled: dict[str, torch.Tensor] = {}
 
     def run(self) -> Run:
         for step in self.plan.steps:
@@ -121,7 +121,7 @@ class _Interpreter:
         if site < 0 or rows.row_stride == 0:
             return strided(memory, rows, rows.rows)
         channels, repeat = self.plan.sites[site].num_channels, rows.rows // self.plan.sites[site].num_channels
-        index = self.rows_of_site[site][sample]
+        index = torch.tensor(self.rows_of_site[site][sample], dtype=torch.long)
         full = torch.zeros(channels, repeat, rows.positions)
         full[index] = strided(memory, rows, len(index) * repeat).reshape(len(index), repeat, rows.positions)
         return full.reshape(rows.rows, rows.positions)
@@ -130,20 +130,18 @@ class _Interpreter:
         rows = step.output
         result = result.reshape(rows.rows, rows.positions)
         if step.out_site >= 0:
-            result = result[self.rows_of_site[step.out_site][sample]]
+            result = result[torch.tensor(self.rows_of_site[step.out_site][sample], dtype=torch.long)]
         strided(self.memory(rows.buffer)[sample], rows, len(result)).copy_(result)
 
     def run_sample(self, step: Step, sample: int) -> None:
         if step.op in ("copy", "fill"):
             copy(step, None if not step.inputs else self.memory(step.inputs[0].buffer)[sample], self.memory(step.output.buffer)[sample])
             return
-        sites = [step.in_site, -1 if step.op == "conv" else step.in_site]  # a residual is never gated
-        operands = [self.read(rows, sample, site) for rows, site in zip(step.inputs, sites)]
+        residual = step.inputs[1] if step.op == "conv" and len(step.inputs) == 2 else None  # never gated
+        operands = [self.read(rows, sample, -1 if rows is residual else step.in_site) for rows in step.inputs]
         if step.op == "gate":
             name = self.plan.sites[step.ints["site"][0]].name
-            if self.pooled[name].numel() == 0:
-                self.pooled[name] = torch.full((self.batch, len(operands[0])), float("nan"))
-            self.pooled[name][sample] = operands[0][:, 0]
+            self.pooled.setdefault(name, torch.full((self.batch, len(operands[0])), float("nan")))[sample] = operands[0][:, 0]
             return
         self.write(step, sample, activated(step, OPS[step.op](step, operands)))
 
@@ -222,7 +220,16 @@ def layer_norm(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
     return (y.t() if step.ints["axis"] == [0] else y).contiguous()
 
 
+def attention(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
+    heads = step.ints["heads"][0]
+    query, key, value = (x.reshape(heads, -1, x.shape[1]).transpose(1, 2) for x in operands)
+    mask = constant(step, "mask").t() if "mask" in step.constants else None
+    causal, scale = bool(step.ints["causal"][0]), step.floats["scale"][0]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale).transpose(1, 2).contiguous()
+
+
 OPS = {
+    "attention": attention,
     "conv": conv,
     "depthwise": conv,
     "linear": linear,

@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 
 import models
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close
@@ -13,10 +14,12 @@ from torch import nn
 
 from dynprune.errors import CalibrationError, InputError
 from dynprune.graph.sites import Consumer, Site
+from dynprune.runtime.costs import CostTable, plan_signature
 from dynprune.runtime.model import DynamicModel
 from dynprune.training import calibrate as calibration
 from dynprune.training.allocation import FLOOR, Sensitivity, StepCost, allocate, predicted_ms
 from dynprune.training.calibrate import calibrate
+from dynprune.training.costing import fit_to_latencies, measure_costs, step_costs
 from dynprune.training.samples import CHUNK, MAX_SAMPLES, nth_sample, read_samples, split, take
 from dynprune.training.scores import ConsumerRecord, Regression, SiteRecord, fit_channels, quantile
 from dynprune.training.sensitivity import TEMPERATURE, agreement, output_errors
@@ -66,6 +69,11 @@ def test_small_batches_are_joined_and_large_ones_cut():
     chunks = read_samples([X] * 20 + [torch.zeros(300, 1)], labelled=False, num_inputs=1)
     assert [chunk.size for chunk in chunks] == [CHUNK] * 7 + [500 - 7 * CHUNK]
     assert [c.size for c in read_samples([X] * 3, labelled=False, num_inputs=1, splittable=False)] == [10, 10, 10]
+
+
+def test_large_samples_run_in_smaller_chunks():
+    chunks = read_samples([torch.zeros(20, 3, 400, 400)], labelled=False, num_inputs=1)
+    assert [chunk.size for chunk in chunks] == [8, 8, 4]
 
 
 def test_reading_stops_at_the_limit():
@@ -345,3 +353,35 @@ def test_a_model_without_sites_is_refused():
     dm = DynamicModel(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(1, 3, 4)).eval()
     with pytest.raises(CalibrationError, match="no place that can be gated"):
         calibrate(dm, [torch.rand(8, 3, 4)])
+
+
+# ---------------------------------------------------------------- costs
+
+
+def test_a_cost_table_is_scaled_to_the_measured_latencies():
+    dm = wrapped()
+    plan = dm.plan
+    count = len(plan.steps)
+    table = CostTable((0.01,) * count, (0.02,) * count, np.zeros((0, count)), plan_signature(plan))
+    shares = [{site.name: torch.tensor([keep, keep]) for site in plan.sites} for keep in (1.0, 0.7, 0.4)]
+    guessed, skip_rates = fit_to_latencies(plan, table, shares, [1.0] * 3)
+    fixed_ms, scaled_ms = 3 * np.asarray(table.fixed_ms), 0.5 * np.asarray(table.scaled_ms)
+    true = CostTable(tuple(fixed_ms), tuple(scaled_ms), table.level_ms, table.signature)
+    costs = step_costs(plan, true)
+    latencies = [predicted_ms(costs, {site.name: keep for site in plan.sites}) for keep in (1.0, 0.7, 0.4)]
+    fitted, _ = fit_to_latencies(plan, table, shares, latencies)
+    assert fitted.fixed_ms == pytest.approx(true.fixed_ms, rel=1e-6)
+    assert fitted.scaled_ms == pytest.approx(true.scaled_ms, rel=1e-6)
+    assert fitted.level_ms.sum(1) == pytest.approx(latencies, rel=1e-6)
+    assert skip_rates[0] == 0 and skip_rates == sorted(skip_rates)
+    assert min(guessed.fixed_ms + guessed.scaled_ms) > 0, "no latency, however odd, makes a step free"
+
+
+def test_measured_costs_know_which_steps_follow_their_rows():
+    dm = wrapped()
+    x = models.example("basic")[0]
+    table = measure_costs(dm.engine_for(x), [x], {site.name: site for site in dm.sites})
+    assert table.fits(dm.plan)
+    for step, fixed, scaled in zip(dm.plan.steps, table.fixed_ms, table.scaled_ms, strict=True):
+        assert fixed >= 0
+        assert (scaled > 0) == (step.in_site >= 0 or step.out_site >= 0), step.name

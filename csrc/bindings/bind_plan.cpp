@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <new>
 #include <stdexcept>
 
 #include "bindings/read_spec.h"
@@ -16,10 +18,10 @@ namespace {
 
 std::vector<float> to_vector(const FloatArray& array) { return {array.data(), array.data() + array.size()}; }
 
-// A workspace and the Python objects that its buffers lie in.
+// A workspace and the Python objects that its buffers lie in. A late thread keeps both alive.
 struct PyWorkspace {
+  std::shared_ptr<KeptAlive> bound;
   std::shared_ptr<Workspace> workspace;
-  std::vector<py::object> bound;
 };
 
 class PyPlan {
@@ -91,6 +93,8 @@ class PyPlan {
   // A workspace that nobody uses, late threads included; a new one where there is none.
   std::shared_ptr<PyWorkspace> acquire(int64_t batch) {
     if (batch < 1) throw std::invalid_argument("batch must be >= 1, got " + std::to_string(batch) + ".");
+    constexpr int64_t kMaxFloats = int64_t{1} << 46;
+    if (batch > kMaxFloats / std::max<int64_t>(1, plan_->arena_size())) throw std::bad_alloc();
     runs_ = true;
     for (size_t i = free_.size(); i-- > 0;) {
       if (free_[i]->workspace->batch() == batch && free_[i]->workspace->idle()) {
@@ -100,7 +104,8 @@ class PyPlan {
       }
     }
     auto made = std::make_shared<PyWorkspace>();
-    made->workspace = std::make_shared<Workspace>(plan_, batch);
+    made->bound = std::make_shared<KeptAlive>();
+    made->workspace = std::make_shared<Workspace>(plan_, batch, made->bound);
     return made;
   }
 
@@ -138,12 +143,12 @@ void bind(PyWorkspace& self, int64_t buffer, uintptr_t address, int64_t sample_s
     throw std::invalid_argument("buffer " + std::to_string(buffer) + " is not one that the caller binds.");
   }
   self.workspace->bind(buffer, reinterpret_cast<float*>(address), sample_stride);
-  self.bound.push_back(std::move(owner));
+  self.bound->add(std::move(owner));
 }
 
 void begin(PyWorkspace& self, float level, int64_t deadline_ns, float slowdown) {
   if (!(level >= 0.0f && level <= 1.0f)) throw std::invalid_argument("level must be in [0, 1], got " + std::to_string(level) + ".");
-  self.bound.clear();
+  self.bound->clear();
   self.workspace->gates().begin(level, deadline_ns, slowdown);
 }
 
@@ -171,7 +176,7 @@ void begin_given(PyWorkspace& self, const std::vector<std::optional<std::vector<
       }
     }
   }
-  self.bound.clear();
+  self.bound->clear();
   GateState& gates = self.workspace->gates();
   gates.begin_given();
   for (size_t s = 0; s < active.size(); ++s) {
@@ -202,7 +207,7 @@ py::array_t<int64_t> counts(PyWorkspace& self) {
   py::array_t<int64_t> result({sites, batch});
   auto out = result.mutable_unchecked<2>();
   for (int64_t s = 0; s < sites; ++s) {
-    for (int64_t n = 0; n < batch; ++n) out(s, n) = self.workspace->gates().list(s, n).count;
+    for (int64_t n = 0; n < batch; ++n) out(s, n) = self.workspace->plan().rows_run(s, self.workspace->gates(), n);
   }
   return result;
 }

@@ -9,7 +9,14 @@
 namespace dynprune {
 namespace {
 
+// Sizes and strides up to this keep every product of two of them within 64 bits.
+constexpr int64_t kMaxSize = int64_t{1} << 31;
+// Kernels, strides, dilations and paddings are looped over when a plan is built.
+constexpr int64_t kMaxWindow = 1 << 16;
+
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+bool is_size(int64_t value) { return value >= 0 && value <= kMaxSize; }
 
 }  // namespace
 
@@ -18,12 +25,13 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
   if (macs_.size() != spec_.steps.size()) fail("a plan needs one count of multiply-adds per step.");
   if (num_threads < 1) fail("num_threads must be >= 1, got " + std::to_string(num_threads) + ".");
   for (const BufferSpec& buffer : spec_.buffers) {
-    if (buffer.size < 0 || buffer.offset < 0 || (buffer.is_arena && buffer.offset + buffer.size > spec_.arena_size)) {
+    if (!is_size(buffer.size) || !is_size(buffer.offset) || (buffer.is_arena && buffer.offset + buffer.size > spec_.arena_size)) {
       fail("a buffer lies outside the arena of " + std::to_string(spec_.arena_size) + " elements.");
     }
   }
+  if (!is_size(spec_.arena_size)) fail("an arena of " + std::to_string(spec_.arena_size) + " elements is too large.");
   for (const SiteSpec& site : spec_.sites) {
-    if (site.num_channels < 1 || site.group_size < 1 || site.num_channels % site.group_size != 0) {
+    if (site.num_channels < 1 || site.num_channels > kMaxSize || site.group_size < 1 || site.num_channels % site.group_size != 0) {
       fail("a site needs channels in whole groups, got " + std::to_string(site.num_channels) + " channels in groups of " +
            std::to_string(site.group_size) + ".");
     }
@@ -36,6 +44,7 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
     for (const int32_t branch : step.branches) {
       if (branch < 0 || branch >= num_sites) fail("step '" + step.name + "' names an unknown branch.");
     }
+    check_sizes(step);
     for (Rows& rows : step.inputs) {
       check_operand(step, rows);
       const int64_t end = rows.offset + (rows.rows - 1) * rows.row_stride + rows.positions;
@@ -43,6 +52,9 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
       rows.readable_past_end = buffer.is_arena || end + kReadPastEnd <= buffer.size;
     }
     if (step.op != "torch" && step.op != "gate") check_operand(step, step.output);
+    if (step.op == "copy" && !step.inputs.empty()) check_strides(step, step.inputs[0], "in_strides");
+    if (step.op == "copy" || step.op == "fill") check_strides(step, step.output, "out_strides");
+    check_sites(step);
     branches_.push_back(step.branches);
     step_sites_.push_back({step.in_site, step.out_site});
     if (step.op == "torch") {
@@ -59,13 +71,64 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
   spec_.steps.clear();
 }
 
+void Plan::check_sizes(const StepSpec& step) const {
+  for (const auto& [name, values] : step.ints) {
+    const bool window = name == "kernel" || name == "stride" || name == "dilation" || name == "padding";
+    for (const int64_t value : values) {
+      if (value < -kMaxSize || value > (window ? kMaxWindow : kMaxSize)) {
+        fail("step '" + step.name + "' (" + step.op + "): " + std::to_string(value) + " in '" + name + "' is too large.");
+      }
+    }
+  }
+}
+
+// Operands that follow a site have a row for each of its channels, or repeat one. Linear layers may own several features of a channel.
+void Plan::check_sites(const StepSpec& step) const {
+  auto check = [&](const char* what, const Rows& rows, int32_t site, bool may_repeat) {
+    const int64_t channels = spec_.sites[site].num_channels;
+    const auto repeat = step.ints.find("repeat");
+    const int64_t features = repeat != step.ints.end() && !repeat->second.empty() ? repeat->second[0] : 1;
+    if (rows.rows == channels || (may_repeat && (rows.rows == 1 || rows.row_stride == 0))) return;
+    if (step.op == "linear" && may_repeat && rows.rows * rows.positions == channels * features) return;
+    fail("step '" + step.name + "' (" + step.op + "): " + what + " has " + std::to_string(rows.rows) + " rows, its site " +
+         std::to_string(channels) + " channels.");
+  };
+  if (step.op == "torch" || step.op == "gate") return;
+  if (step.in_site >= 0) {
+    const size_t following = step.op == "conv" ? std::min<size_t>(1, step.inputs.size()) : step.inputs.size();
+    for (size_t i = 0; i < following; ++i) check("an input", step.inputs[i], step.in_site, i > 0 || step.op == "linear");
+  }
+  if (step.out_site >= 0) check("the output", step.output, step.out_site, false);
+}
+
+// What a strided copy or fill reaches from the operand's offset must lie in its buffer.
+void Plan::check_strides(const StepSpec& step, const Rows& rows, const char* name) const {
+  const auto sizes = step.ints.find("sizes");
+  const auto strides = step.ints.find(name);
+  if (sizes == step.ints.end() || strides == step.ints.end() || sizes->second.size() != strides->second.size()) {
+    fail("step '" + step.name + "' (" + step.op + "): needs ints 'sizes' and '" + name + "' of one length.");
+  }
+  const int64_t size = spec_.buffers[rows.buffer].size;
+  int64_t last = rows.offset;
+  bool empty = false;
+  for (size_t d = 0; d < sizes->second.size(); ++d) {
+    const int64_t n = sizes->second[d];
+    empty = empty || n == 0;
+    if (n < 0 || strides->second[d] < 0) fail("step '" + step.name + "' (" + step.op + "): sizes and strides must be >= 0.");
+    if (n > 1) last = std::min(last + (n - 1) * strides->second[d], size);
+  }
+  if (!empty && last >= size) fail("step '" + step.name + "' (" + step.op + ") reaches beyond its buffer of " + std::to_string(size) + " elements.");
+}
+
 void Plan::check_operand(const StepSpec& step, const Rows& rows) const {
   if (rows.buffer < 0 || rows.buffer >= static_cast<int32_t>(spec_.buffers.size())) {
     fail("step '" + step.name + "' names buffer " + std::to_string(rows.buffer) + " of " + std::to_string(spec_.buffers.size()) + ".");
   }
+  if (!is_size(rows.offset) || !is_size(rows.rows) || !is_size(rows.positions) || !is_size(rows.row_stride)) {
+    fail("step '" + step.name + "' (" + step.op + ") has an operand of negative or too large sizes.");
+  }
   const int64_t last = rows.offset + (rows.rows - 1) * rows.row_stride + rows.positions;
-  if (rows.offset < 0 || rows.rows < 0 || rows.positions < 0 || rows.row_stride < 0 ||
-      (rows.rows > 0 && last > spec_.buffers[rows.buffer].size)) {
+  if (rows.rows > 0 && last > spec_.buffers[rows.buffer].size) {
     fail("step '" + step.name + "' (" + step.op + ") has an operand of " + std::to_string(last) + " elements in a buffer of " +
          std::to_string(spec_.buffers[rows.buffer].size) + ".");
   }
@@ -102,6 +165,16 @@ double Plan::work_share(int64_t step, const GateState& gates, int64_t sample) co
   };
   if (!runs(step, gates, sample)) return 0.0;
   return sites.in == sites.out ? share(sites.in) : share(sites.in) * share(sites.out);
+}
+
+int64_t Plan::rows_run(int64_t site, const GateState& gates, int64_t sample) const {
+  const GateOp* gate = gate_of_site_[site];
+  if (gate != nullptr) {
+    for (const int32_t branch : gate->spec().branches) {
+      if (gates.list(branch, sample).count == 0) return 0;
+    }
+  }
+  return gates.list(site, sample).count;
 }
 
 Executed Plan::executed(const GateState& gates, int64_t batch) const {

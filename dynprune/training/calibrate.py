@@ -29,9 +29,11 @@ from dynprune.training.samples import Chunk, nth_sample, read_samples, split, ta
 from dynprune.training.scores import fit_channels, record_channels, record_pooled
 from dynprune.training.sensitivity import Metric, agreement, branch_errors, channel_errors, fit_branch, joint_thresholds
 
-SENSITIVITY_SECONDS = 20.0
-LEVELS_SECONDS = 10.0
-"""Time for measuring each site alone, and all sites together at each level; they decide how many samples are used there."""
+SENSITIVITY_SECONDS = 40.0
+"""Time for gating each site alone; with the next two it decides how many samples are used, and too few cost accuracy."""
+THRESHOLD_SECONDS = 8.0
+ACCURACY_SECONDS = 16.0
+"""Time for setting, and for measuring, all levels with all sites gated."""
 LATENCY_SECONDS = 0.1
 """Timed seconds per level."""
 LEAST_SAMPLES = 32
@@ -153,7 +155,7 @@ class _Calibration:
             scores = self.attachment.gate(name).score(pooled[name])
             all_run = scores.min() - scores.std(correction=0) - 1e-3
             curves[name] = [all_run] * self.levels
-        chunks = self._affordable(self.fitted, LEVELS_SECONDS, 2 * self.levels)
+        chunks = self._affordable(self.fitted, THRESHOLD_SECONDS, self.levels)
         for level in range(1, self.levels):
             self.report(0.55 + 0.15 * level / self.levels, f"setting level {level} of {self.levels - 1}")
             for name, threshold in joint_thresholds(self.attachment, chunks, keeps[level]).items():
@@ -164,7 +166,7 @@ class _Calibration:
             gate.calibrated.fill_(True)
 
     def _frontier(self, table: CostTable) -> tuple[Frontier, CostTable]:
-        chunks = self._affordable(self.held_out, LEVELS_SECONDS, 2 * self.levels)
+        chunks = self._affordable(self.held_out, ACCURACY_SECONDS, self.levels)
         references = [self._whole(chunk) for chunk in chunks]
         latencies_ms = self._latencies_ms()
         shares, accuracies = [], []

@@ -20,7 +20,7 @@ RUNS = 12
 LEAST_SCALED = 0.1
 """A gated step's time follows its rows at least to this share, however noisy the two measurements were."""
 LEAST_FACTOR = 0.2
-"""Where the latencies would scale a part of the table by less than this, they are too noisy to tell the parts apart."""
+"""Measured latencies never scale a part of the table by less than this: they may be noisy."""
 
 
 def measure_costs(engine: Engine, inputs: Sequence[Tensor], sites: Mapping[str, Site]) -> CostTable:
@@ -76,11 +76,7 @@ def fit_to_latencies(
     """
     fixed, scaled, skip_rates = (np.stack(part) for part in zip(*(_executed(plan, table, level) for level in shares), strict=True))
     parts = np.stack([fixed.sum(1), scaled.sum(1)], 1)
-    measured = np.asarray(latencies_ms)
-    factors = np.linalg.lstsq(parts, measured, rcond=None)[0]
-    if factors.min() < LEAST_FACTOR:
-        both = parts.sum(1)
-        factors = np.full(2, both @ measured / (both @ both))
+    factors = _bounded_fit(parts, np.asarray(latencies_ms))
     fixed_ms, scaled_ms = (tuple((np.asarray(t) * f).tolist()) for t, f in zip((table.fixed_ms, table.scaled_ms), factors, strict=True))
     return CostTable(fixed_ms, scaled_ms, fixed * factors[0] + scaled * factors[1], table.signature), skip_rates.tolist()
 
@@ -91,6 +87,17 @@ def step_costs(plan: Plan, table: CostTable) -> list[StepCost]:
         StepCost(fixed, scaled, tuple(_channel_sites(plan, step)), tuple(plan.sites[i].name for i in step.branches))
         for step, fixed, scaled in zip(plan.steps, table.fixed_ms, table.scaled_ms, strict=True)
     ]
+
+
+def _bounded_fit(parts: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Returns the two factors, each at least `LEAST_FACTOR`, whose mix of the two columns is nearest to `measured`."""
+    factors = np.linalg.lstsq(parts, measured, rcond=None)[0]
+    low = int(factors.argmin())
+    if factors[low] < LEAST_FACTOR:
+        other = parts[:, 1 - low]
+        factors[low] = LEAST_FACTOR
+        factors[1 - low] = other @ (measured - LEAST_FACTOR * parts[:, low]) / max(1e-30, other @ other)
+    return factors.clip(LEAST_FACTOR)
 
 
 def _executed(plan: Plan, table: CostTable, shares: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, float]:

@@ -15,6 +15,9 @@ from dynprune.errors import CalibrationError
 MAX_SAMPLES = 1024
 """Reading stops after this many: more does not make closed-form gates better."""
 CHUNK = 64
+"""Samples that run together at most; fewer where they are large, see `CHUNK_ELEMENTS`."""
+CHUNK_ELEMENTS = 4_000_000
+"""Input elements that run together at most: a VGG takes some 20 MB per image of 150,000."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class Chunk:
 
 
 def read_samples(inputs: Iterable[Any], *, labelled: bool, num_inputs: int | None, splittable: bool = True) -> list[Chunk]:
-    """Returns the samples of `inputs`, shuffled, in chunks of 64; at most 1024 samples.
+    """Returns the samples of `inputs`, shuffled, in chunks of up to 64; at most 1024 samples.
 
     A batch is a tensor, a tuple or list of the model's arguments, a dict of its keyword arguments, or a pair of one of these and
     labels.
@@ -149,4 +152,6 @@ def _rechunked(group: list[Chunk]) -> list[Chunk]:
         labels = None if group[0].labels is None else [label for chunk in group for label in chunk.labels]
         labels = labels and [labels[i] for i in order.tolist()]
     whole = Chunk(args, kwargs, labels, len(order))
-    return [whole.part(first, min(first + CHUNK, whole.size)) for first in range(0, whole.size, CHUNK)]
+    elements = sum(column[0].numel() for column in columns if isinstance(column, Tensor))
+    step = max(1, min(CHUNK, CHUNK_ELEMENTS // max(1, elements)))
+    return [whole.part(first, min(first + step, whole.size)) for first in range(0, whole.size, step)]

@@ -4,8 +4,8 @@ A channel that is skipped is replaced, at each consumer, by a constant: zero, or
 What is lost is then, for one consumer, about `norm(channel - constant) * norm(its weights)`. That, relative to the same of all channels
 of the sample, is what a gate learns to predict, so that the groups below a threshold are those that lose least.
 
-On ResNet-20 (CIFAR-10, 512 images, 20 % of every site's channels skipped) the divergence of the outputs was 0.41 x that with zeros in
-place of skipped channels and absolute contributions, and 0.33 x that of a ranking which is the same for all inputs.
+On ResNet-20 (CIFAR-10, fitted on 512 images, every inner space cut by 20 %) the divergence of the outputs on 384 others was 0.068; with
+absolute contributions and zeros for skipped channels 0.141, and with the true contributions in place of predicted ones 0.031.
 """
 
 from __future__ import annotations

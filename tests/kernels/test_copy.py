@@ -105,7 +105,7 @@ def test_fill(isa):
     ("op", "attributes", "message"),
     [
         ("copy", {"ints": {"sizes": [1] * 7, "in_strides": [1] * 7, "out_strides": [1] * 7}}, "rank 6 or less"),
-        ("copy", {"ints": {"sizes": [2, 2], "in_strides": [1], "out_strides": [2, 1]}}, "'in_strides' must hold 2 ints, got 1"),
+        ("copy", {"ints": {"sizes": [2, 2], "in_strides": [1], "out_strides": [2, 1]}}, "'sizes' and 'in_strides' of one length"),
         ("copy", {"ints": {"sizes": [2], "in_strides": [1], "out_strides": [0]}}, "out_strides must be >= 1, got 0"),
         (
             "copy",

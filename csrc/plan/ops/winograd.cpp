@@ -14,9 +14,8 @@ namespace dynprune {
 namespace {
 
 constexpr int64_t kUnit = 8;  // output columns of a unit
-// Rows whose products lie in scratch before they are transformed back: 36 x 24 x 32 floats stay in a second-level cache, and 24 is
-// a multiple of the rows of the GEMM's narrow tiles.
-constexpr int64_t kBlockRows = 48;
+// Rows whose products lie in scratch before they are transformed back: 36 x 32 x 32 floats stay in a second-level cache.
+constexpr int64_t kBlockRows = 2 * kWinogradPackedRows;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t floats) { return divide_up(floats, 16) * 16; }
@@ -90,8 +89,22 @@ Group make_group(const ConvShape& shape, int64_t tile, int64_t units_per_row, Ra
   return group;
 }
 
-// The widest row of lanes a group may have, in vectors. Wide groups read the weights seldom, narrow ones keep the inputs near.
-int64_t max_group_vectors(const KernelTable& kernels) { return kernels.gemm_max_vectors; }
+// What the steps of a convolution cost, in multiply-adds of one vector; measured with AVX-512 on a Zen 4 core (3.7 billion of them a
+// second). Every weight costs half of one for being read: from memory, for the weights of a model do not stay in a cache.
+double direct_cost(const ConvShape& shape, int lanes) {
+  const auto weights = static_cast<double>(shape.out_channels * shape.in_channels * 9);
+  return weights * (static_cast<double>(divide_up(shape.positions(), lanes)) + 0.5);
+}
+
+double winograd_cost(const ConvShape& shape, int64_t tile, int lanes) {
+  const double input_transform = tile == 2 ? 150 : 400;  // of one channel and one vector of tiles
+  const double output_transform = tile == 2 ? 80 : 280;
+  const Grouping grouping(shape, tile, lanes);
+  const double vectors = static_cast<double>(grouping.quanta * grouping.quantum) / lanes;
+  const auto weights = static_cast<double>(shape.out_channels * shape.in_channels * (tile + 2) * (tile + 2));
+  return weights * (vectors + 0.5) +
+         vectors * (static_cast<double>(shape.in_channels) * input_transform + static_cast<double>(shape.out_channels) * output_transform);
+}
 
 // u[t * t] = G g G' in double precision for the points of kernels/winograd-inl.h.
 void transform_weight(int64_t tile, const float* g, float* u, int64_t stride) {
@@ -135,8 +148,7 @@ class WinogradOp final : public Op, public Compensated {
     bias_ = reader.constant("bias", {shape_.out_channels});
     activation_ = reader.activation();
     make_weights(reader.constant("weight", {shape_.out_channels, shape_.in_channels * 9}));
-    make_groups();
-    choose_row_parts(num_threads);
+    make_groups(num_threads);
   }
 
   int64_t chunks_per_sample() const override { return static_cast<int64_t>(groups_.size()) * row_parts_; }
@@ -241,9 +253,22 @@ class WinogradOp final : public Op, public Compensated {
     }
   }
 
-  void make_groups() {
+  void make_groups(int num_threads) {
+    // A chunk of this many vector multiply-adds takes some 50 microseconds.
+    constexpr int64_t kChunkWork = 200'000;
+    // Groups of one vector read each weight for one multiply-add: only weights that a second-level cache holds come that fast. Those
+    // that no cache keeps from one group to the next are read as few times as can be.
+    constexpr int64_t kNearWeights = 256 * 1024;
+    constexpr int64_t kFarWeights = 4 * 1024 * 1024;
+    // A part of the rows transforms the inputs again, which costs as much as 11 rows do.
+    constexpr int64_t kMinRows = 64;
     const Grouping grouping(shape_, tile_, kernels_.lanes);
-    const int64_t quanta_per_group = std::max<int64_t>(1, max_group_vectors(kernels_) * kernels_.lanes / grouping.quantum);
+    const int64_t weights = products_ * shape_.out_channels * shape_.in_channels;
+    const int64_t vectors = divide_up(grouping.quanta * grouping.quantum, kernels_.lanes);
+    const int64_t wanted = std::max<int64_t>(1, weights * vectors / kChunkWork);
+    const int64_t least = weights <= kNearWeights ? 1 : weights <= kFarWeights ? 2 : kernels_.gemm_max_vectors;
+    const int64_t vectors_per_group = std::clamp<int64_t>(vectors / wanted, least, kernels_.gemm_max_vectors);
+    const int64_t quanta_per_group = std::max<int64_t>(1, vectors_per_group * kernels_.lanes / grouping.quantum);
     const int64_t num_groups = divide_up(grouping.quanta, quanta_per_group);
     const int64_t units_per_quantum = grouping.quantum * tile_ / kUnit;
     for (int64_t g = 0; g < num_groups; ++g) {
@@ -255,17 +280,10 @@ class WinogradOp final : public Op, public Compensated {
       line_stride_ = std::max(line_stride_, odd_lines(groups_.back().line_floats));
       result_stride_ = std::max(result_stride_, odd_lines(groups_.back().result_floats));
     }
-  }
-
-  void choose_row_parts(int num_threads) {
-    // A part of the rows transforms the inputs once more, which costs as much as some 10 rows do.
-    constexpr int64_t kMinRows = 64;
-    constexpr int64_t kChunkMacs = 6'000'000;
-    const int64_t macs = products_ * shape_.out_channels * shape_.in_channels * max_width_;
-    const auto groups = static_cast<int64_t>(groups_.size());
-    int64_t wanted = divide_up(macs, kChunkMacs);
-    if (num_threads > 1) wanted = std::max(wanted, divide_up(4 * num_threads, groups));
-    row_parts_ = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, shape_.out_channels / kMinRows));
+    if (num_threads > 1) {
+      const int64_t parts = divide_up(std::min<int64_t>(wanted, 2 * num_threads), num_groups);
+      row_parts_ = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, shape_.out_channels / kMinRows));
+    }
     max_rows_ = divide_up(shape_.out_channels, row_parts_);
   }
 
@@ -297,7 +315,7 @@ class WinogradOp final : public Op, public Compensated {
 
 }  // namespace
 
-int64_t choose_winograd_tile(const StepSpec& spec, const ConvShape& shape, const KernelTable& /*kernels*/) {
+int64_t choose_winograd_tile(const StepSpec& spec, const ConvShape& shape, const KernelTable& kernels) {
   const SpecReader reader(spec);
   const int64_t asked = reader.integer("winograd", -1);
   if (asked >= 0) {
@@ -305,7 +323,9 @@ int64_t choose_winograd_tile(const StepSpec& spec, const ConvShape& shape, const
     reader.check(asked == 0 || is_candidate(shape), "'winograd' needs a 3x3 kernel of stride 1 and dilation 1 in one group");
     return asked;
   }
-  return 0;
+  if (!is_candidate(shape)) return 0;
+  const int64_t best = winograd_cost(shape, 4, kernels.lanes) < winograd_cost(shape, 2, kernels.lanes) ? 4 : 2;
+  return winograd_cost(shape, best, kernels.lanes) < 0.9 * direct_cost(shape, kernels.lanes) ? best : 0;
 }
 
 std::unique_ptr<Op> make_winograd(StepSpec spec, const KernelTable& kernels, int num_threads, int64_t tile) {

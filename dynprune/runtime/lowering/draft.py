@@ -132,9 +132,9 @@ class Draft:
             self.values.update({used: replace(value, base=self.values[used]) for used, value in merged.items()})
 
     def _store(self, node: Node, value: TorchValue, order: Sequence[int] | None) -> EngineValue:
-        if value.step is None or node.shape[0] != BATCH or None in node.shape:
-            raise NotOnEngine("sizes that depend on the batch")
-        sizes = node.shape[1:]
+        if value.step is None:
+            raise NotOnEngine("an input without batch")
+        sizes = self.sizes(node)
         if order is None and (len(sizes) == 2 or node.op in _TOKEN_OPS):  # tokens by channels: channels become the rows
             order = (*range(len(sizes) - 2), len(sizes) - 1, len(sizes) - 2)
         value.step.store = self.new_view(node, sizes, order)
@@ -222,7 +222,9 @@ class Draft:
     def _copy_step(self, node: Node, inputs: list[Rows], target: View, ints: dict, constants: dict) -> DraftStep:
         if len(ints["sizes"]) > MAX_COPY_RANK:
             raise NotOnEngine(f"a copy over more than {MAX_COPY_RANK} dimensions")
-        step = DraftStep("copy", node.module_path or node.name, inputs, extent(target), ints, {}, constants, branches=self.branches_of(node))
+        step = DraftStep(
+            "copy", node.module_path or node.name, inputs, extent(target), ints, {}, constants, branches=self.branches_of(node)
+        )
         self.steps.append(step)
         return step
 
@@ -292,7 +294,12 @@ class Draft:
         elif op in _ROWWISE:
             step.in_site = step.out_site
             repeated = [rows.row_stride == 0 and rows.rows > 1 for rows, _ in reads]
-            unfit = {s for skip, (_, value) in zip(repeated, reads) if not skip and value.site != step.out_site for s in (value.site, step.out_site)}
+            unfit = {
+                s
+                for skip, (_, value) in zip(repeated, reads)
+                if not skip and value.site != step.out_site
+                for s in (value.site, step.out_site)
+            }
         else:
             unfit = {step.out_site, *(value.site for _, value in reads)}
         if step.in_site >= 0 and step.inputs[0].rows != self.sites[step.in_site].num_channels * step.ints.get("repeat", [1])[0]:
@@ -361,4 +368,3 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 def extent(view: View) -> Rows:
     """Returns the stretch of memory that a view lies in, the operand of a copy."""
     return Rows(view.buffer, view.offset, 1, 0, views.span(view))
-

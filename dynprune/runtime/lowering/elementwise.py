@@ -74,7 +74,21 @@ def _activation_of(draft: Draft, node: Node) -> tuple[str, float, float]:
     raise NotOnEngine("an activation, or parameters of one, without a kernel")
 
 
-_PARAMETRIC = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "gelu", "leaky_relu", "prelu", "elu", "softplus", "pow")
+_PARAMETRIC = (
+    "relu",
+    "relu6",
+    "hardtanh",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "gelu",
+    "leaky_relu",
+    "prelu",
+    "elu",
+    "softplus",
+    "pow",
+)
 
 
 @lowers(*_PLAIN, *_PARAMETRIC, positionless=True)

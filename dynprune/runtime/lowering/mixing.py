@@ -121,7 +121,9 @@ def _channels_outermost(node: Node) -> tuple[int, ...]:
     return (rank - 1, *range(rank - 1))
 
 
-def _one_position(draft: Draft, node: Node, source: Node, weight: torch.Tensor, bias: np.ndarray, out_sizes: tuple[int, ...]) -> EngineValue:
+def _one_position(
+    draft: Draft, node: Node, source: Node, weight: torch.Tensor, bias: np.ndarray, out_sizes: tuple[int, ...]
+) -> EngineValue:
     """Emits a matrix-vector product over all features of a sample, in the order of the weight's columns."""
     x = draft.engine(source)
     features = views.numel(x.view)

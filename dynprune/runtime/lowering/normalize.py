@@ -49,7 +49,9 @@ def _over(draft: Draft, source: Node, dims: Sequence[int]) -> tuple[EngineValue,
     return x, *found
 
 
-def _emit(draft: Draft, node: Node, op: str, x: EngineValue, rows: Rows, axis: int, dims: Sequence[int], floats: dict, constants: dict) -> EngineValue:
+def _emit(
+    draft: Draft, node: Node, op: str, x: EngineValue, rows: Rows, axis: int, dims: Sequence[int], floats: dict, constants: dict
+) -> EngineValue:
     others = [d for d in range(len(x.view.sizes)) if d not in dims]
     order = (*dims, *others) if axis == _OVER_ROWS else (*others, *dims)
     view = draft.new_view(node, x.view.sizes, order, x.view.batch_dim)

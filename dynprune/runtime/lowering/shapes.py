@@ -183,7 +183,11 @@ def getitem(draft: Draft, node: Node) -> EngineValue | ConstantValue:
     if not isinstance(value, ListValue) or not isinstance(index, int) or value.items[index] is None:
         raise NotOnEngine("a result that the engine does not compute")
     item = value.items[index]
-    return replace(item, step=item.step if draft.uses[node] == 1 else None, site=draft.site_of(node)) if isinstance(item, EngineValue) else item
+    return (
+        replace(item, step=item.step if draft.uses[node] == 1 else None, site=draft.site_of(node))
+        if isinstance(item, EngineValue)
+        else item
+    )
 
 
 @lowers("expand", "expand_as", "broadcast_to")
