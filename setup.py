@@ -19,7 +19,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 SANITIZE = os.environ.get("DYNPRUNE_SANITIZE") == "1"
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
-OPTIMISE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
+OPTIMISE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
 CFLAGS = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *OPTIMISE_FLAGS, *SANITIZER_FLAGS]
 
 headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True))

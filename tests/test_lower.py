@@ -359,7 +359,10 @@ ON_ENGINE = {
     "outer-product": (Lambda(lambda m, x: x.mean(2, keepdim=True) - x.mean(3, keepdim=True)), image()),
     "transposed-operands": (Lambda(lambda m, x: x + x.transpose(2, 3)), image()),
     "shuffle-channels": (Lambda(lambda m, x: x.view(-1, 2, 2, 6, 6).transpose(1, 2).reshape(-1, 4, 6, 6).relu()), image()),
-    "to-tokens-and-back": (Lambda(lambda m, x: m.parts[0](x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x), nn.Linear(4, 4)), image()),
+    "to-tokens-and-back": (
+        Lambda(lambda m, x: m.parts[0](x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x), nn.Linear(4, 4)),
+        image(),
+    ),
     "permute-and-back": (Lambda(lambda m, x: m.parts[0](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), nn.Linear(4, 4)), image()),
     "batch-moves": (Lambda(lambda m, x: m.parts[0](x.transpose(0, 1)).transpose(0, 1), nn.Linear(8, 8)), tokens()),
     "batch-merges": (Lambda(lambda m, x: F.gelu(m.parts[0](x.reshape(-1, 8))).view(-1, 5, 3), nn.Linear(8, 3)), tokens()),
@@ -369,7 +372,7 @@ ON_ENGINE = {
     ),
     "slices": (Lambda(lambda m, x: x[:, 1:, ::2, 1:5:3] * 2), image()),
     "select": (Lambda(lambda m, x: x[:, -1] + x[:, :, 2]), image(6)),
-    "chunk": (Lambda(lambda m, x: [a * b for a, b in [x.chunk(2, 1)]][0]), image()),
+    "chunk": (Lambda(lambda m, x: torch.mul(*x.chunk(2, 1))), image()),
     "split-ragged": (Lambda(lambda m, x: [y.relu() for y in x.split(3, 2)]), image(4, 7)),
     "split-sizes": (Lambda(lambda m, x: [y.relu() for y in x.split([1, 3], 1)]), image()),
     "unbind": (Lambda(lambda m, x: x.unbind(1)[2] - x.unbind(1)[0]), image()),
@@ -387,7 +390,10 @@ ON_ENGINE = {
         image(),
     ),
     "cat-rows": (Lambda(lambda m, x: torch.cat([x, x * 2], 2)), image()),
-    "cat-token": (Lambda(lambda m, x: torch.cat([m.c.expand(x.shape[0], -1, -1), m.parts[0](x)], 1), nn.Linear(8, 6), c=torch.randn(1, 1, 6)), tokens()),
+    "cat-token": (
+        Lambda(lambda m, x: torch.cat([m.c.expand(x.shape[0], -1, -1), m.parts[0](x)], 1), nn.Linear(8, 6), c=torch.randn(1, 1, 6)),
+        tokens(),
+    ),
     "cat-features": (Lambda(lambda m, x: torch.cat([m.parts[0](x), x], 2), nn.Linear(8, 6)), tokens()),
     "pixel-shuffle": (nn.PixelShuffle(2), image()),
     "upsample-nearest": (nn.Upsample(scale_factor=2), image()),
@@ -414,10 +420,15 @@ IN_PYTORCH = {
     "size-of-the-batch": (Lambda(lambda m, x: x / x.shape[0] + 1), image()),
     "view-of-engine-memory": (Lambda(lambda m, x: m.parts[0](x).diagonal(0, 2, 3), nn.Conv2d(4, 4, 1)), image()),
     "view-read-late": (
-        Lambda(lambda m, x: (y := m.parts[0](x)).diagonal(0, 2, 3).sum(-1) + m.parts[0](m.parts[0](y + 1)).mean((2, 3)), nn.Conv2d(4, 4, 1)),
+        Lambda(
+            lambda m, x: (y := m.parts[0](x)).diagonal(0, 2, 3).sum(-1) + m.parts[0](m.parts[0](y + 1)).mean((2, 3)), nn.Conv2d(4, 4, 1)
+        ),
         image(),
     ),
-    "several-results": (Lambda(lambda m, x: (y := m.parts[0](x)).topk(2, 1)[0] + y.max(1, keepdim=True)[0], nn.Conv2d(4, 4, 1)), image()),
+    "several-results": (
+        Lambda(lambda m, x: (y := m.parts[0](x)).topk(2, 1)[0] + y.max(1, keepdim=True)[0], nn.Conv2d(4, 4, 1)),
+        image(),
+    ),
     "pooling-with-indices": (Lambda(lambda m, x: F.max_pool2d(x, 2, return_indices=True)), image()),
     "attention": (Lambda(lambda m, x: F.scaled_dot_product_attention(x, x, x).relu()), tokens()),
     "random-shape-mask": (Lambda(lambda m, x: torch.where(x > 0, x, x.new_zeros(6, 6) - 1)), image()),

@@ -16,7 +16,7 @@ def test_buffers_alive_together_do_not_overlap(items):
     offsets, arena_size = place_buffers(sizes, lifetimes)
     assert all(offset % ALIGNMENT == 0 for offset in offsets)
     assert arena_size % ALIGNMENT == 0
-    assert all(offset + size + SLACK <= arena_size for offset, size in zip(offsets, sizes))
+    assert all(offset + size + SLACK <= arena_size for offset, size in zip(offsets, sizes, strict=True))
     for i in range(len(items)):
         for j in range(i):
             together = lifetimes[i][0] <= lifetimes[j][1] and lifetimes[j][0] <= lifetimes[i][1]

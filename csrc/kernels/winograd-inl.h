@@ -266,9 +266,11 @@ void multiply_products(const WinogradProductArgs& a) {
     float* out = a.out + e * a.out_stride;
     for (int64_t begin = 0, end; begin < a.m; begin = end) {
       const int64_t tile = row_of(begin) / kWinogradPackedRows;
-      int32_t lane_of_row[kWinogradPackedRows];
-      for (end = begin; end < a.m && end - begin < kWinogradPackedRows && row_of(end) / kWinogradPackedRows == tile; ++end) {
-        lane_of_row[end - begin] = static_cast<int32_t>(row_of(end) % kWinogradPackedRows);
+      int32_t lane_of_row[kWinogradPackedRows] = {static_cast<int32_t>(row_of(begin) % kWinogradPackedRows)};
+      for (end = begin + 1; end < a.m && end - begin < kWinogradPackedRows; ++end) {
+        const int64_t row = row_of(end);
+        if (row / kWinogradPackedRows != tile) break;
+        lane_of_row[end - begin] = static_cast<int32_t>(row % kWinogradPackedRows);
       }
       const float* next = end < a.m ? weight + row_of(end) / kWinogradPackedRows * a.tile_stride
                                     : weight + (e + 1 < a.products ? a.weight_stride : 0) + row_of(0) / kWinogradPackedRows * a.tile_stride;

@@ -35,7 +35,7 @@ def place_buffers(sizes: Sequence[int], lifetimes: Sequence[tuple[int, int]]) ->
         alive = [(offsets[i], offsets[i] + _aligned(sizes[i])) for i in placed if lifetimes[i][0] <= last and first <= lifetimes[i][1]]
         offsets[item] = _tightest_gap(sorted(alive), _aligned(sizes[item]))
         placed.append(item)
-    end = max((offset + _aligned(size) for offset, size in zip(offsets, sizes)), default=0)
+    end = max((offset + _aligned(size) for offset, size in zip(offsets, sizes, strict=True)), default=0)
     return offsets, end + SLACK
 
 

@@ -154,8 +154,9 @@ class Plan:
     def to_spec(self) -> dict[str, Any]:
         """Returns what the C++ engine is built from: nested dicts, lists and numpy arrays.
 
-        Keys: "arena_size"; "buffers": (kind, size, offset) each; "sites": (kind, num_channels, group_size) each; "steps": dicts with op, name,
-        inputs and output as (buffer, offset, rows, row_stride, positions), ints, floats, constants, in_site, out_site, branches and macs.
+        Keys: "arena_size"; "buffers": (kind, size, offset) each; "sites": (kind, num_channels, group_size) each; "steps": dicts with op,
+        name, inputs and output as (buffer, offset, rows, row_stride, positions), ints, floats, constants, in_site, out_site, branches
+        and macs.
         A step that PyTorch runs has op "torch" and neither operands nor attributes.
         """
         return {
@@ -170,7 +171,7 @@ class Plan:
         header = ("step", "op", "name", "input", "output", "site", "share", "runs on")
         table = [header, *(_describe(i, step, self.sites, total) for i, step in enumerate(self.steps))]
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
         lines += [f"not gated: {name}: {reason}" for name, reason in self.ungated]
         return "\n".join(lines)
 

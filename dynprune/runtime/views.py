@@ -25,7 +25,7 @@ def dense_strides(sizes: Sequence[int], order: Sequence[int] | None = None) -> S
 def collapse(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
     """Returns (size, stride) of one dimension that runs through all the given ones in order, or None where there is none."""
     size, stride = 1, 1
-    for n, step in zip(reversed(sizes), reversed(strides)):
+    for n, step in zip(reversed(sizes), reversed(strides), strict=True):
         if n == 1:
             continue
         if size == 1:
@@ -38,7 +38,7 @@ def collapse(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | 
 
 def reshape_strides(sizes: Sequence[int], strides: Sequence[int], new_sizes: Sequence[int]) -> Sizes | None:
     """Returns the strides of the same memory seen with `new_sizes`, or None where a copy is needed."""
-    dims = [(n, s) for n, s in zip(sizes, strides) if n != 1]
+    dims = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
     result: list[int] = []
     taken = 0
     for group in _matching_groups([n for n, _ in dims], [n for n in new_sizes if n != 1]):
@@ -73,7 +73,7 @@ def numel(view: View) -> int:
 
 def span(view: View) -> int:
     """Returns how many elements lie from the first of the view to its last, both included."""
-    return 1 + sum((n - 1) * s for n, s in zip(view.sizes, view.strides))
+    return 1 + sum((n - 1) * s for n, s in zip(view.sizes, view.strides, strict=True))
 
 
 def permuted(view: View, dims: Sequence[int]) -> View:
@@ -95,7 +95,7 @@ def expanded(view: View, sizes: Sequence[int]) -> View | None:
     if missing < 0:
         return None
     strides = []
-    for n, old, stride in zip(sizes, (1,) * missing + view.sizes, (0,) * missing + view.strides):
+    for n, old, stride in zip(sizes, (1,) * missing + view.sizes, (0,) * missing + view.strides, strict=True):
         if old not in (1, n):
             return None
         strides.append(stride if old == n else 0)
@@ -136,7 +136,7 @@ def rows_like(view: View, order: Sequence[int]) -> Rows | None:
     inner = permuted(view, order[1:])
     rows, row_stride = view.sizes[order[0]], view.strides[order[0]]
     row_stride = 0 if rows == 1 else row_stride
-    if all(s == 0 or n == 1 for n, s in zip(inner.sizes, inner.strides)):
+    if all(s == 0 or n == 1 for n, s in zip(inner.sizes, inner.strides, strict=True)):
         return Rows(view.buffer, view.offset, rows, row_stride, 1)
     positions = collapse(inner.sizes, inner.strides)
     if positions is None or positions[1] != 1:
@@ -154,13 +154,13 @@ def is_whole(view: View, size: int) -> bool:
 def simplified(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[Sizes, list[Sizes]]:
     """Returns the fewest dimensions that visit the same elements in the same order under every one of the `strides`."""
     kept: list[list[int]] = []
-    for row in zip(sizes, *strides):
+    for row in zip(sizes, *strides, strict=True):
         if row[0] == 1:
             continue
-        if kept and all(before == row[0] * after for before, after in zip(kept[-1][1:], row[1:])):
+        if kept and all(before == row[0] * after for before, after in zip(kept[-1][1:], row[1:], strict=True)):
             kept[-1] = [kept[-1][0] * row[0], *row[1:]]
         else:
             kept.append(list(row))
     kept = kept or [[1] + [1] * len(strides)]
-    columns = [tuple(column) for column in zip(*kept)]
+    columns = [tuple(column) for column in zip(*kept, strict=True)]
     return columns[0], columns[1:]

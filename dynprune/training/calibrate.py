@@ -27,7 +27,16 @@ from dynprune.training.allocation import Sensitivity, allocate
 from dynprune.training.costing import fit_to_latencies, measure_costs, step_costs
 from dynprune.training.samples import Chunk, nth_sample, read_samples, split, take
 from dynprune.training.scores import fit_channels, record_channels, record_pooled
-from dynprune.training.sensitivity import Metric, agreement, branch_errors, channel_errors, fit_branch, joint_thresholds
+from dynprune.training.sensitivity import (
+    KEEP_RATIOS,
+    Metric,
+    agreement,
+    apply_fit,
+    branch_errors,
+    channel_errors,
+    fit_branch,
+    joint_thresholds,
+)
 
 SENSITIVITY_SECONDS = 40.0
 """Time for gating each site alone; with the next two it decides how many samples are used, and too few cost accuracy."""
@@ -36,7 +45,7 @@ ACCURACY_SECONDS = 16.0
 """Time for setting, and for measuring, all levels with all sites gated."""
 LATENCY_SECONDS = 0.1
 """Timed seconds per level."""
-LEAST_SAMPLES = 32
+LEAST_SAMPLES = 16
 
 
 def calibrate(
@@ -127,7 +136,7 @@ class _Calibration:
     def _fit_gates(self) -> dict[str, Sensitivity]:
         """Fits the gate of every site that the plan gates, and returns how much the output suffers when that site alone is gated."""
         records = record_channels(self.attachment, self.fitted)
-        runs = sum(4 if site.kind == "channels" else 2 for site in self.gated)
+        runs = sum(len(KEEP_RATIOS) if site.kind == "channels" else 2 for site in self.gated)
         held_out, fitted = (self._affordable(chunks, SENSITIVITY_SECONDS, runs) for chunks in (self.held_out, self.fitted))
         references = [self._whole(chunk) for chunk in held_out]
         fit_references = [self._whole(chunk) for chunk in fitted]
@@ -137,10 +146,8 @@ class _Calibration:
             self.report(0.05 + 0.5 * number / len(self.gated), f"fitting {site.name}")
             if site.kind == "channels":
                 record, rank = records[site.name], self.attachment.gate(site.name).down.shape[0]
-                fits = [fit_channels(site, record, rank, compensate=False)]
-                if any(consumer.can_compensate for consumer in record.consumers):
-                    fits.append(fit_channels(site, record, rank, compensate=True))
-                errors = channel_errors(self.attachment, site, fits, torch.cat(record.pooled), held_out, references)
+                apply_fit(self.attachment.gate(site.name), fit_channels(site, record, rank, compensate=True))
+                errors = channel_errors(self.attachment, site, torch.cat(record.pooled), held_out, references)
             else:
                 fit_branch(self.attachment, site, fit_pooled[site.name], fitted, fit_references)
                 errors = branch_errors(self.attachment, site, pooled[site.name], held_out, references)
@@ -229,7 +236,7 @@ class _Calibration:
         return (time.perf_counter() - began) / sum(chunk.size for chunk in self.held_out)
 
     def _affordable(self, chunks: list[Chunk], seconds: float, runs: int) -> list[Chunk]:
-        """Returns as many of the samples as can pass `runs` times in about `seconds`, at least 32."""
+        """Returns as many of the samples as can pass `runs` times in about `seconds`, at least 16."""
         count = max(LEAST_SAMPLES, int(seconds / (runs * self.seconds_per_sample)))
         return take(chunks, count, splittable=self.splittable)
 

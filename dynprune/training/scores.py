@@ -94,7 +94,8 @@ def fit_channels(site: Site, record: SiteRecord, rank: int, *, compensate: bool)
         site: a channels site.
         record: of the samples to fit.
         rank: of the linear map.
-        compensate: replace skipped channels by their means, where that is cheap, rather than by zeros.
+        compensate: replace skipped channels by their means, where that is cheap, rather than by zeros. The loss on the samples that are
+            fitted is then never higher, as a mean has the least squared distance.
     """
     pooled = torch.cat(record.pooled).double()
     compensated = torch.tensor([compensate and consumer.can_compensate for consumer in record.consumers])

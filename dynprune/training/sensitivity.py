@@ -50,34 +50,19 @@ def agreement(output: Any, reference: Any) -> float:
     return (1 - output_errors(output, reference).sqrt().clamp_max(1)).mean().item()
 
 
-def channel_errors(
-    attachment: Attachment, site: Site, fits: list[ChannelFit], pooled: Tensor, chunks: list[Chunk], references: list[Any]
-) -> dict[float, float]:
-    """Writes the best of `fits` to the site's gate, and returns its mean output error by keep ratio when the site alone is gated.
+def channel_errors(attachment: Attachment, site: Site, pooled: Tensor, chunks: list[Chunk], references: list[Any]) -> dict[float, float]:
+    """Returns the mean output error by keep ratio when one channels site, whose gate is fitted, is gated alone.
 
     Args:
         attachment: of the model.
         site: a channels site.
-        fits: one or more; compared at half of the site kept.
         pooled: (N, gate_channels) inputs of the gate; thresholds are quantiles of their scores.
         chunks: samples to measure on.
         references: the whole model's outputs for them.
     """
-    gate = attachment.gate(site.name)
-
-    def error(keep: float) -> float:
-        threshold = quantile(gate.score(pooled), 1 - keep).item()
-        runs = zip(chunks, references, strict=True)
-        return torch.cat([output_errors(_run_at(attachment, c, site, threshold), reference) for c, reference in runs]).mean().item()
-
-    def half(fit: ChannelFit) -> float:
-        apply_fit(gate, fit)
-        return error(0.5)
-
-    at_half = [half(fit) for fit in fits]
-    best = min(range(len(fits)), key=at_half.__getitem__)
-    apply_fit(gate, fits[best])
-    return {keep: at_half[best] if keep == 0.5 else error(keep) for keep in KEEP_RATIOS}
+    scores = attachment.gate(site.name).score(pooled)
+    thresholds = {keep: quantile(scores, 1 - keep).item() for keep in KEEP_RATIOS}
+    return {keep: _losses(attachment, site, threshold, chunks, references).mean().item() for keep, threshold in thresholds.items()}
 
 
 def fit_branch(attachment: Attachment, site: Site, pooled: Tensor, chunks: list[Chunk], references: list[Any]) -> None:
@@ -87,7 +72,7 @@ def fit_branch(attachment: Attachment, site: Site, pooled: Tensor, chunks: list[
         attachment, site, chunks, references: as for `channel_errors`.
         pooled: (N, gate_channels), the gate's inputs for `chunks`.
     """
-    loss = _losses_without(attachment, site, chunks, references).double()
+    loss = _losses(attachment, site, float("inf"), chunks, references).double()
     target = (loss + 1e-3 * loss.mean() + 1e-12).log()
     gate = attachment.gate(site.name)
     fitted = Regression(pooled.double()).low_rank(target[:, None], gate.down.shape[0])
@@ -100,7 +85,7 @@ def branch_errors(attachment: Attachment, site: Site, pooled: Tensor, chunks: li
 
     As samples do not depend on each other, one run without the branch gives the error at any keep ratio.
     """
-    loss = _losses_without(attachment, site, chunks, references)
+    loss = _losses(attachment, site, float("inf"), chunks, references)
     skipped = loss[attachment.gate(site.name).score(pooled)[:, 0].argsort()].cumsum(0) / len(loss)
     return {1 - share: skipped[max(0, round(share * len(loss)) - 1)].item() for share in (0.25, 0.5, 0.75)}
 
@@ -147,7 +132,7 @@ def _run_at(attachment: Attachment, chunk: Chunk, gated: Site, threshold: float)
     return attachment.visit(Masking(attachment, choose), chunk.args, chunk.kwargs)
 
 
-def _losses_without(attachment: Attachment, site: Site, chunks: list[Chunk], references: list[Any]) -> Tensor:
-    """Returns the output error (N,) of each sample when none runs the branch."""
+def _losses(attachment: Attachment, site: Site, threshold: float, chunks: list[Chunk], references: list[Any]) -> Tensor:
+    """Returns the output error (N,) of each sample when one site alone is gated, at this threshold."""
     runs = zip(chunks, references, strict=True)
-    return torch.cat([output_errors(_run_at(attachment, chunk, site, float("inf")), reference) for chunk, reference in runs])
+    return torch.cat([output_errors(_run_at(attachment, chunk, site, threshold), reference) for chunk, reference in runs])

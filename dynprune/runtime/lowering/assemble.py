@@ -134,7 +134,7 @@ def _place(draft: Draft, steps: list[DraftStep], inputs: list[View], outputs: li
             lifetimes[buffer] = (first, max(last, until))
     arena = [buffer for buffer in lifetimes if draft.buffers[buffer].kind == "arena"]
     offsets, arena_size = place_buffers([draft.buffers[buffer].size for buffer in arena], [lifetimes[buffer] for buffer in arena])
-    offset_of = dict(zip(arena, offsets))
+    offset_of = dict(zip(arena, offsets, strict=True))
     placed = [
         Buffer(draft.buffers[buffer].name, draft.buffers[buffer].kind, draft.buffers[buffer].size, offset_of.get(buffer, 0))
         for buffer in lifetimes
@@ -175,7 +175,7 @@ def assemble(draft: Draft, inputs: list[View], outputs: list[Any], fixed_batch: 
         return replace(item, buffer=index[buffer], offset=offset)
 
     finished = []
-    for step, last_use in zip(steps, _last_uses(steps, outputs)):
+    for step, last_use in zip(steps, _last_uses(steps, outputs), strict=True):
         call = step.call
         if call is not None:
             args, kwargs = pytree.tree_map(move, (call.args, call.kwargs))

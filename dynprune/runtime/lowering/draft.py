@@ -230,7 +230,7 @@ class Draft:
 
     def pad(self, node: Node, source: EngineValue, borders: Sequence[tuple[int, int]], fill: float) -> EngineValue:
         """Emits the steps that write `source` with (before, after) more elements per dimension, set to `fill`; negative ones cut off."""
-        sizes = tuple(n + before + after for n, (before, after) in zip(source.view.sizes, borders))
+        sizes = tuple(n + before + after for n, (before, after) in zip(source.view.sizes, borders, strict=True))
         view = self.new_view(node, sizes, views.memory_order(source.view), source.view.batch_dim)
         inner, part = view, source.view
         for dim, (before, after) in enumerate(borders):
@@ -262,7 +262,7 @@ class Draft:
         if self.resolve(view.buffer, view.offset) == target or (operand, target) in self._placed:
             return
         buffer = self.buffers[view.buffer]
-        same_strides = all(n == 1 or a == b for n, a, b in zip(view.sizes, view.strides, part.strides))
+        same_strides = all(n == 1 or a == b for n, a, b in zip(view.sizes, view.strides, part.strides, strict=True))
         if buffer.kind == "arena" and buffer.parent < 0 and same_strides and views.is_whole(view, buffer.size) and target[0] != view.buffer:
             buffer.parent, buffer.parent_offset = part.buffer, part.offset
         else:
@@ -296,7 +296,7 @@ class Draft:
             repeated = [rows.row_stride == 0 and rows.rows > 1 for rows, _ in reads]
             unfit = {
                 s
-                for skip, (_, value) in zip(repeated, reads)
+                for skip, (_, value) in zip(repeated, reads, strict=True)
                 if not skip and value.site != step.out_site
                 for s in (value.site, step.out_site)
             }
@@ -345,7 +345,7 @@ class Draft:
 
 
 def _concat_hosts(graph: Graph) -> dict[Node, tuple[Node, int]]:
-    """Returns, for each concatenation along channels, the longest one that has its operands in a row, and where along channels they start."""
+    """Returns, for each concatenation, the longest one that has its operands in a row, and where along the dimension they start."""
     hosts: dict[Node, tuple[Node, int]] = {}
     nodes = [node for node in graph.nodes if node.op == "cat" and node.shape and None not in node.shape]
     for node in sorted(nodes, key=lambda node: -len(node.args[0])):

@@ -2,7 +2,9 @@
 
 | ATen | becomes |
 | --- | --- |
-| relu, relu6, hardtanh, clamp, hardswish, hardsigmoid, sigmoid, silu, gelu, tanh, leaky_relu, elu, selu, softplus, mish, exp, log, sqrt, rsqrt, neg, abs, square, pow (2, 1/2, -1/2, -1), reciprocal, erf, prelu (one slope) | activation of the step before, else unary |
+| relu, relu6, hardtanh, clamp, hardswish, hardsigmoid, sigmoid, silu, gelu, tanh | activation of the step before, else unary |
+| leaky_relu, prelu (one slope), elu, softplus, mish, exp, log, sqrt, rsqrt, neg | the same |
+| abs, square, pow (2, 1/2, -1/2, -1), reciprocal, erf | the same |
 | add, sub, rsub, mul, div with a number or a constant per channel | folded into the weights before, else affine |
 | add of two values | residual of the convolution that wrote one of them, else binary |
 | add, sub, mul, div, maximum, minimum of two values or with any other constant | binary |
@@ -21,7 +23,7 @@ from dynprune.graph.capture import Node
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.registry import lowers
-from dynprune.runtime.lowering.values import DraftStep, EngineValue, NotOnEngine
+from dynprune.runtime.lowering.values import EngineValue, NotOnEngine
 from dynprune.runtime.plan import Rows
 
 ACTIVATIONS = (

@@ -8,7 +8,6 @@ import numpy as np
 
 from dynprune.graph.capture import Node
 from dynprune.graph.sites import Site
-from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.registry import dim_of_sample
 from dynprune.runtime.lowering.values import DraftStep, NotOnEngine, PaddedValue

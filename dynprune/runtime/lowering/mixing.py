@@ -43,7 +43,7 @@ def conv(draft: Draft, node: Node) -> EngineValue:
     padded = draft.values[source]
     if isinstance(padded, PaddedValue):
         source = padded.source
-        padding = [a + b for a, b in zip(padding, (padded.top, padded.left, padded.bottom, padded.right))]
+        padding = [a + b for a, b in zip(padding, (padded.top, padded.left, padded.bottom, padded.right), strict=True)]
     in_sizes = draft.sizes(source)
     if len(in_sizes) != (2 if flat else 3):
         raise NotOnEngine("an input without batch")
@@ -76,7 +76,7 @@ def _padding(padding: int | str | list[int], kernel: list[int], dilation: list[i
     if padding == "valid":
         return [0, 0, 0, 0]
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel)]
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2]
     return _plane(padding, 0, flat) * 2
 

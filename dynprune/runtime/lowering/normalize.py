@@ -95,7 +95,7 @@ def group_norm(draft: Draft, node: Node) -> EngineValue:
         raise NotOnEngine("running statistics")
     groups = arguments["num_groups"] if node.op == "group_norm" else sizes[0]
     weights = [draft.constant(arguments[name]) for name in ("weight", "bias")]
-    if any(tensor is None and arguments[name] is not None for tensor, name in zip(weights, ("weight", "bias"))):
+    if any(tensor is None and arguments[name] is not None for tensor, name in zip(weights, ("weight", "bias"), strict=True)):
         raise NotOnEngine("weights that are computed")
     rows, x = draft.planar(node.args[0], 0)
     if rows.row_stride != rows.positions:
@@ -108,7 +108,9 @@ def group_norm(draft: Draft, node: Node) -> EngineValue:
                floats={"eps": [float(arguments["eps"])]})  # fmt: skip
     if all(tensor is None for tensor in weights):
         return EngineValue(view, draft.site_of(node))
-    scale, shift = (np.full(sizes[0], default) if t is None else t.detach().double().numpy() for t, default in zip(weights, (1.0, 0.0)))
+    scale, shift = (
+        np.full(sizes[0], default) if t is None else t.detach().double().numpy() for t, default in zip(weights, (1.0, 0.0), strict=True)
+    )
     output = draft.new_view(node, sizes)
     constants = {"scale": scale.astype(np.float32), "shift": shift.astype(np.float32)}
     reads = [(Rows(view.buffer, 0, sizes[0], rows.positions, rows.positions), EngineValue(view))]

@@ -2,7 +2,8 @@
 
 | ATen | becomes |
 | --- | --- |
-| permute, transpose, t, movedim, reshape, flatten, unflatten, squeeze, unsqueeze | another view (reshape: a copy where strides do not allow it) |
+| permute, transpose, t, movedim | another view |
+| reshape, view, flatten, unflatten, squeeze, unsqueeze | another view, or a copy where strides do not allow it |
 | slice, narrow, select, split, split_with_sizes, chunk, unbind, expand, getitem | another view |
 | cat | operands are written straight into their part of the result, else copied |
 | pad, constant_pad_nd | padding of the convolution that follows, else fill and copy |
@@ -11,7 +12,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import replace
 from math import prod
 
@@ -62,7 +62,7 @@ def movedim(draft: Draft, node: Node) -> EngineValue | MergedValue:
     rank = _rank(node)
     source, target = ([d % rank for d in ([dims] if isinstance(dims, int) else dims)] for dims in node.args[1:])
     order = [d for d in range(rank) if d not in source]
-    for to, dim in sorted(zip(target, source)):
+    for to, dim in sorted(zip(target, source, strict=True)):
         order.insert(to, dim)
     return _reordered(draft, node, order)
 
@@ -210,23 +210,28 @@ def pad(draft: Draft, node: Node) -> EngineValue | PaddedValue:
     if node.arguments.get("mode", "constant") != "constant" or not all(isinstance(n, int | float) for n in (*amounts, fill)):
         raise NotOnEngine("padding that is not constant")
     sizes = draft.sizes(node)
-    borders = [(before, after) for before, after in zip(amounts[::2], amounts[1::2])][::-1]
+    borders = [(before, after) for before, after in zip(amounts[::2], amounts[1::2], strict=True)][::-1]
     if len(borders) > len(sizes):
         raise NotOnEngine("padding along the batch")
     borders = [(0, 0)] * (len(sizes) - len(borders)) + borders
     if not any(n for border in borders for n in border):
         x = draft.engine(node.args[0])
         return draft.viewed(node, x, x.view)
-    is_plane = len(sizes) == 3 and borders[0] == (0, 0) and all(n >= 0 for border in borders for n in border) and fill == 0
-    if is_plane and not isinstance(draft.values[node.args[0]], PaddedValue):
-        if all(user.op == "conv2d" and user.args[0] is node for user in node.users) and draft.uses[node] == len(node.users):
-            draft.engine(node.args[0])
-            (top, bottom), (left, right) = borders[1:]
-            return PaddedValue(node.args[0], top, left, bottom, right)
+    if fill == 0 and _is_padding_of_convolutions(draft, node, borders):
+        draft.engine(node.args[0])
+        (top, bottom), (left, right) = borders[1:]
+        return PaddedValue(node.args[0], top, left, bottom, right)
     x = draft.engine(node.args[0])
     if x.view.batch_dim != 0:
         raise NotOnEngine("the batch is not in front")
     return draft.pad(node, x, borders, float(fill))
+
+
+def _is_padding_of_convolutions(draft: Draft, node: Node, borders: list[tuple[int, int]]) -> bool:
+    """Whether all readers of a padded value are 2d convolutions, and could pad the value themselves."""
+    is_plane = len(borders) == 3 and borders[0] == (0, 0) and all(n >= 0 for border in borders for n in border)
+    only_convs = all(user.op == "conv2d" and user.args[0] is node for user in node.users) and draft.uses[node] == len(node.users)
+    return is_plane and only_convs and not isinstance(draft.values[node.args[0]], PaddedValue)
 
 
 @lowers("cat", "concat", "concatenate")
