@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from dynprune.version import __version__
+
 if TYPE_CHECKING:
     from dynprune.control.frontier import Frontier, OperatingPoint
     from dynprune.control.monitor import ResourceMonitor
     from dynprune.errors import CalibrationError, CheckpointError, DynpruneError, InputError, UnsupportedModelError
     from dynprune.runtime.model import DynamicModel
     from dynprune.training.calibrate import calibrate
-
-__version__ = "0.1.0"
 
 _MODULE_OF = {
     "CalibrationError": "dynprune.errors",

@@ -129,6 +129,61 @@ def check_pooled(site, pooled, values, active, by_name):
     assert_close(pooled[asked], want[asked], context=site.name)
 
 
+class Gelu(nn.Module):
+    """A residual block whose branch ends in an activation, so that no convolution can take the residual."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2, self.act = nn.Conv2d(channels, 12, 3, padding=1), nn.Conv2d(12, channels, 1), nn.GELU()
+
+    def forward(self, x):
+        return F.relu(self.act(self.conv2(F.relu(self.conv1(x)))) + x)
+
+
+def outputs_with_lists(model: nn.Module, example: torch.Tensor, inputs: list, active: dict, group_size: int = 1):
+    """Returns the plan, its output and the masked graph's."""
+    graph = capture(model.eval(), (example,))
+    sites = find_sites(graph, group_size=group_size)
+    plan = lower(graph, sites)
+    assert set(active) <= {site.name for site in plan.sites}
+    with torch.no_grad():
+        (want,), _ = run_graph(graph, inputs, sites, active)
+        return plan, run_plan(plan, inputs, active).outputs[0], want
+
+
+def test_a_branch_that_no_convolution_ends_is_handed_over():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), Gelu(8), Gelu(8))
+    active = {"1": [[0], [], []], "2": [[], [0], []], "2.conv1": [[1, 5], [0, 11], []]}
+    plan, got, want = outputs_with_lists(model, image(), [image(batch=3)], active)
+    assert_close(got, want)
+    additions = [step for step in plan.steps if "handover" in step.ints]
+    assert [step.branches for step in additions] == [(i,) for i, site in enumerate(plan.sites) if site.kind == "branch"]
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_groups_of_channels(group_size):
+    active = {"1.conv1": [[0], [0, 3], []], "1": [[0], [0], [0]]}
+    _, got, want = outputs_with_lists(nn.Sequential(nn.Conv2d(4, 8, 1), Gelu(8)), image(), [image(batch=3)], active, group_size)
+    assert_close(got, want)
+
+
+def test_pytorch_inside_a_branch_runs_when_a_sample_needs_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return x + self.conv2(self.conv1(x).cumsum(2))
+
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), Block())
+    for chosen in ([[0], [], [0]], [[], [], []]):
+        plan, got, want = outputs_with_lists(model, image(), [image(batch=3)], {"1": chosen})
+        assert_close(got, want)
+        (call,) = [step for step in plan.steps if step.op == "torch"]
+        assert call.branches == (0,)
+
+
 @pytest.mark.parametrize("name", models.GATED)
 def test_every_site_is_honoured(name):
     _, graph = models.captured(name)

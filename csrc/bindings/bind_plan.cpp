@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 
@@ -109,21 +110,23 @@ class PyPlan {
     return made;
   }
 
+  // Letting Python objects go may run other threads, which come here too: it is done while `free_` is whole.
   void release(const std::shared_ptr<PyWorkspace>& workspace) {
+    if (workspace->workspace->idle()) workspace->bound->clear();
     constexpr size_t kMaxFree = 4;
     free_.push_back(workspace);
     if (free_.size() <= kMaxFree) return;
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-      if ((*it)->workspace->idle()) {
-        free_.erase(it);
-        return;
-      }
-    }
+    const auto found = std::find_if(free_.begin(), free_.end(), [](const auto& free) { return free->workspace->idle(); });
+    if (found == free_.end()) return;
+    const std::shared_ptr<PyWorkspace> gone = std::move(*found);
+    free_.erase(found);
   }
 
   // Lets go of the memory of workspaces that nobody uses.
   void trim() {
-    for (auto it = free_.begin(); it != free_.end();) it = (*it)->workspace->idle() ? free_.erase(it) : it + 1;
+    const auto used = std::stable_partition(free_.begin(), free_.end(), [](const auto& free) { return !free->workspace->idle(); });
+    const std::vector<std::shared_ptr<PyWorkspace>> gone(std::make_move_iterator(used), std::make_move_iterator(free_.end()));
+    free_.erase(used, free_.end());
   }
 
  private:
@@ -196,8 +199,15 @@ void run(PyWorkspace& self, int64_t first, int64_t last, int num_threads) {
     if (plan.op(step) == nullptr) throw std::invalid_argument("step " + std::to_string(step) + " is not the engine's to run.");
   }
   if (!self.workspace->all_bound()) throw std::invalid_argument("bind every input and output before a run.");
-  const py::gil_scoped_release release;
-  self.workspace->run(first, last, num_threads);
+  // Not py::gil_scoped_release: a daemon thread that comes back when the interpreter ends is unwound here, and no destructor may be in the way.
+  PyThreadState* const thread = PyEval_SaveThread();
+  try {
+    self.workspace->run(first, last, num_threads);
+  } catch (...) {
+    PyEval_RestoreThread(thread);
+    throw;
+  }
+  PyEval_RestoreThread(thread);
 }
 
 // How many rows of each site ran, per sample: int64 (sites, batch).

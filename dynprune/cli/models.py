@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -102,12 +103,13 @@ def declare_torchvision_operators() -> None:
     import torch
 
     spec = importlib.util.find_spec("torchvision")
-    if _declared or spec is None or spec.origin is None or _loads(Path(spec.origin).parent):
+    if spec is None or spec.origin is None or _loads(Path(spec.origin).parent):
         return
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _TORCHVISION_OPERATORS:
-        library.define(schema)
-    _declared.append(library)
+        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
+            library.define(schema)
+    _declared.append(library)  # the declarations live as long as this object
 
 
 def _loads(torchvision_folder: Path) -> bool:
@@ -127,8 +129,9 @@ def _torchvision_model(name: str) -> nn.Module:
     except ImportError as error:
         raise InputError(f"'torchvision:{name}' needs torchvision, not installed here ({error}); run: pip install torchvision") from error
     _check_name("torchvision", name, models.list_models())
-    needs_no_weights = {"weights": None} | ({"weights_backbone": None} if name in models.list_models(module=models.detection) else {})
-    return models.get_model(name, **needs_no_weights)
+    builder = models.get_model_builder(name)
+    without_weights = {option: None for option in ("weights", "weights_backbone") if option in inspect.signature(builder).parameters}
+    return builder(**without_weights)
 
 
 def _timm_model(name: str) -> nn.Module:

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import dynprune
 from dynprune.control.frontier import Frontier
 from dynprune.errors import CheckpointError, DynpruneError, InputError
 from dynprune.runtime.costs import CostTable
+from dynprune.version import __version__
 
 if TYPE_CHECKING:
     from dynprune.runtime.model import DynamicModel
@@ -39,11 +39,12 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dm.gates.state_dict().items()}
     about: dict[str, Any] = {
         "format": FORMAT,
-        "version": dynprune.__version__,
+        "version": __version__,
         "fingerprint": fingerprint(dm.model),
         "include": list(dm.include),
         "exclude": list(dm.exclude),
         "group_size": dm.group_size,
+        "exact": dm.exact,
         "example": [[list(x.shape), str(x.dtype).removeprefix("torch.")] for x in args],
         "sites": [[site.name, site.kind, site.num_groups] for site in dm.sites],
         "frontier": None if dm.frontier is None else dm.frontier.to_json(),
@@ -70,7 +71,7 @@ def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
         )
     try:
         example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in about["example"])
-        dm = DynamicModel(model, example, include=about["include"], exclude=about["exclude"], group_size=about["group_size"])
+        dm = DynamicModel(model, example, **{name: about[name] for name in ("include", "exclude", "group_size", "exact")})
         if [[site.name, site.kind, site.num_groups] for site in dm.sites] != about["sites"]:
             raise CheckpointError(f"{str(path)!r} was saved with gates at other sites than this version finds; calibrate the model again.")
         level_ms = tensors.pop(_LEVEL_MS, None)
@@ -115,6 +116,6 @@ def _read(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{str(path)!r} is damaged: its description cannot be read ({error}).") from error
     if not isinstance(written, int) or written > FORMAT:
         raise CheckpointError(
-            f"{str(path)!r} has format {written!r}; this version (dynprune {dynprune.__version__}) reads up to {FORMAT}. Update dynprune."
+            f"{str(path)!r} has format {written!r}; this version (dynprune {__version__}) reads up to {FORMAT}. Update dynprune."
         )
     return about, tensors

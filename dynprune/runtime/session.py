@@ -38,15 +38,17 @@ class Session:
         model: the user's model.
         args, kwargs: an example call.
         include, exclude, group_size: see `find_sites`.
+        exact: no Winograd convolutions.
 
     Attributes:
         last_used_ns: `time.monotonic_ns` of the last call; 0 before the first.
     """
 
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], *, include, exclude, group_size: int):
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], *, include, exclude, group_size: int, exact: bool):
         with torch.autocast("cpu", enabled=False):
             self.graph: Graph = capture(model, args, kwargs)
         self.sites: Sites = find_sites(self.graph, include=include, exclude=exclude, group_size=group_size)
+        self._exact = exact
         self.last_used_ns = 0
         self._lock = threading.Lock()
         self._plan: Plan | None = None
@@ -116,6 +118,10 @@ class Session:
         if self._plan is None:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self._plan = lower(self.graph, self.sites)
+            if self._exact:
+                for step in self._plan.steps:
+                    if step.op == "conv":
+                        step.ints["winograd"] = [0]
         return self._plan
 
 

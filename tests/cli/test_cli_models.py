@@ -125,6 +125,12 @@ def test_torchvision_model_and_near_names():
         load_model(arguments("torchvision:resnet5"))
 
 
+def test_torchvision_model_with_a_backbone_fetches_nothing():
+    declare_torchvision_operators()
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    assert "backbone" in dict(load_model(arguments("torchvision:lraspp_mobilenet_v3_large", shape=(3, 64, 64))).model.named_children())
+
+
 def test_timm_model_has_its_own_input_size():
     declare_torchvision_operators()
     pytest.importorskip("timm", reason="timm is not installed")

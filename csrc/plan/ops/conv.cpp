@@ -8,6 +8,7 @@
 #include "plan/ops/conv_tiling.h"
 #include "plan/ops/factories.h"
 #include "plan/ops/spec_reader.h"
+#include "plan/ops/winograd.h"
 
 namespace dynprune {
 namespace {
@@ -236,6 +237,9 @@ class ConvOp final : public Op, public Compensated {
 }  // namespace
 
 std::unique_ptr<Op> make_conv(StepSpec spec, const KernelTable& kernels, int num_threads) {
+  if (const int64_t tile = choose_winograd_tile(spec, read_conv_shape(spec), kernels)) {
+    return make_winograd(std::move(spec), kernels, num_threads, tile);
+  }
   return std::make_unique<ConvOp>(std::move(spec), kernels, num_threads);
 }
 
