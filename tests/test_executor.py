@@ -65,9 +65,8 @@ def give_costs(dm: DynamicModel, ms_per_step: float) -> None:
     dm.set_frontier(Frontier((OperatingPoint(0, total, total, 0, 1), OperatingPoint(1, total / 4, total / 4, 0.5, 0.5))), table)
 
 
-@pytest.mark.parametrize("batch", (1, 3))
-@pytest.mark.parametrize("num_threads", (2, 4, 7))
-def test_more_threads_give_bit_for_bit_the_same(num_threads: int, batch: int) -> None:
+@pytest.mark.parametrize(("num_threads", "batch"), [(2, 1), (4, 3), (7, 1), (1000, 2)])
+def test_more_threads_give_the_same(num_threads: int, batch: int) -> None:
     model = wide_model()
     alone, together = DynamicModel(model, wide_input()), DynamicModel(model, wide_input())
     alone.set_num_threads(1)
@@ -259,9 +258,7 @@ def test_a_forked_child_runs_an_inference() -> None:
     assert torch.equal(dm(x), want)
 
 
-@pytest.mark.parametrize(
-    "ending", ("", "import os; os.kill(os.getpid(), 15) if False else sys.exit(0)", "threading.Thread(target=serve, daemon=True).start()")
-)
+@pytest.mark.parametrize("ending", ("", "threading.Thread(target=serve, daemon=True).start()"), ids=["idle", "serving"])
 def test_the_interpreter_ends_cleanly(ending: str) -> None:
     script = f"""
 import sys, threading

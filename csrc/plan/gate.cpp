@@ -8,6 +8,12 @@
 #include "plan/ops/spec_reader.h"
 
 namespace dynprune {
+namespace {
+
+// No difference of a time of the clock and an earlier or later one than this leaves 64 bits.
+constexpr int64_t kFarNs = int64_t{1} << 61;
+
+}  // namespace
 
 GateState::GateState(const std::vector<SiteSpec>& sites, int64_t batch) : sites_(sites), batch_(batch) {
   int64_t channels = 0;
@@ -33,7 +39,7 @@ void GateState::begin(float level, int64_t deadline_ns, float slowdown) {
   given_ = false;
   start_level_ = level;
   level_.store(level, std::memory_order_relaxed);
-  deadline_ns_ = deadline_ns;
+  deadline_ns_ = std::max(deadline_ns, -kFarNs);
   slowdown_ = slowdown;
   guard_actions_.store(0, std::memory_order_relaxed);
 }

@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 // Kernels, strides, dilations and paddings are looped over when a plan is built.
 constexpr int64_t kMaxWindow = 1 << 16;
+// Chunks are cut for no more threads than this.
+constexpr int kMaxThreads = 256;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -24,6 +26,7 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
     : spec_(std::move(spec)), kernels_(kernels), macs_(step_macs) {
   if (macs_.size() != spec_.steps.size()) fail("a plan needs one count of multiply-adds per step.");
   if (num_threads < 1) fail("num_threads must be >= 1, got " + std::to_string(num_threads) + ".");
+  num_threads = std::min(num_threads, kMaxThreads);
   for (const BufferSpec& buffer : spec_.buffers) {
     if (!is_size(buffer.size) || !is_size(buffer.offset) || (buffer.is_arena && buffer.offset + buffer.size > spec_.arena_size)) {
       fail("a buffer lies outside the arena of " + std::to_string(spec_.arena_size) + " elements.");

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynprune.control.controller import LatencyController, PressurePolicy, check_level, is_number
+from dynprune.control.controller import LatencyController, PressurePolicy, check_level, check_percentile, is_number
 from dynprune.control.frontier import Frontier
 from dynprune.control.monitor import ResourceMonitor
 from dynprune.errors import CalibrationError, InputError
@@ -120,20 +120,26 @@ class DynamicModel(nn.Module):
             InputError: the model does not take these inputs.
         """
         began_ns = time.monotonic_ns()
+        due_ns = _FAR_NS if deadline is None else _due_ns(deadline)
         session, inputs = self._session_for(args, kwargs)
-        level = self._next_level(session.batch_of(inputs))
+        controller = None if self.training else self._controller
+        level = self._next_level(controller, session.batch_of(inputs))
         if not self._runs_on_engine(inputs):
             result, _ = self.attachment.run(args, kwargs, level=level)
             return result
-        due_ns = 0 if deadline is None else _due_ns(deadline)
-        if self._controller is not None:
-            budget_end_ns = began_ns + int(self._controller.budget_ms * 1e6)
-            due_ns = min(due_ns, budget_end_ns) if due_ns else budget_end_ns
-        slowdown = 1.0 if self._controller is None else self._controller.slowdown
+        slowdown = 1.0
+        if controller is not None:
+            due_ns, slowdown = min(due_ns, began_ns + int(controller.budget_ms * 1e6)), controller.slowdown
         engine = session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
-        outputs, execution = engine.run(inputs, level=level, deadline_ns=due_ns, slowdown=slowdown)
+        outputs, execution = engine.run(inputs, level=level, deadline_ns=due_ns % _FAR_NS, slowdown=slowdown)
         result = session.pack(outputs)
-        self._record(session, inputs, execution, level, (time.monotonic_ns() - began_ns) * 1e-6)
+        latency_ms = (time.monotonic_ns() - began_ns) * 1e-6
+        missed = False
+        if controller is not None:
+            missed, guarded = latency_ms > controller.budget_ms, execution.guard_actions > 0
+            work = float(session.batch_of(inputs))
+            controller.observe(latency_ms, execution.predicted_ms, level=level, work=work, guarded=guarded)
+        self._record(session, inputs, execution, latency_ms, missed)
         return result
 
     def run_with_active(self, *inputs: Any, active: Active, backend: str = "engine", **kwargs: Any) -> Any:
@@ -163,7 +169,7 @@ class DynamicModel(nn.Module):
             with torch.no_grad():
                 outputs, execution = engine.run(tensors, active=active)
             result = session.pack(outputs)
-        self._record(session, tensors, execution, None, (time.monotonic_ns() - began_ns) * 1e-6)
+        self._record(session, tensors, execution, (time.monotonic_ns() - began_ns) * 1e-6, missed=False)
         return result
 
     # ------------------------------------------------------------------ control
@@ -171,7 +177,8 @@ class DynamicModel(nn.Module):
     @property
     def level(self) -> float:
         """How tight the gates are, from 0 (everything runs) to 1; under a latency budget the one that the controller uses now."""
-        return self._level if self._controller is None else self._controller.level
+        controller = self._controller
+        return self._level if controller is None else controller.level
 
     @level.setter
     def level(self, level: float) -> None:
@@ -194,6 +201,7 @@ class DynamicModel(nn.Module):
             return
         if self.frontier is None:
             raise CalibrationError("A latency budget needs to know what each level costs; call calibrate(dm, data) first.")
+        percentile = check_percentile(percentile)
         if self._controller is None:
             self._controller = LatencyController(self.frontier, budget_ms=ms, percentile=percentile)
         else:
@@ -261,7 +269,8 @@ class DynamicModel(nn.Module):
 
     def stats(self) -> Stats:
         """Returns what was executed and how long it took since the model was wrapped or `reset_stats()` was called."""
-        budget_ms = None if self._controller is None else self._controller.budget_ms
+        controller = self._controller
+        budget_ms = None if controller is None else controller.budget_ms
         return self._recorder.summary(level=self.level, budget_ms=budget_ms)
 
     def reset_stats(self) -> None:
@@ -433,28 +442,24 @@ class DynamicModel(nn.Module):
             return False
         return self._model_watch.on_cpu()
 
-    def _next_level(self, batch: int) -> float:
-        sample = None if self._monitor is None else self._monitor.sample()
+    def _next_level(self, controller: LatencyController | None, batch: int) -> float:
+        monitor = self._monitor
+        sample = None if monitor is None else monitor.sample()
         level = self._level
-        if self._controller is not None and not self.training:
-            level = self._controller.next_level(sample, work=float(batch))
-            if not self._controller.reachable:
+        if controller is not None:
+            level = controller.next_level(sample, work=float(batch))
+            if not controller.reachable:
                 self._warn_once(
                     "budget",
-                    f"No level is expected to keep the budget of {self._controller.budget_ms:g} ms; running at level 1. "
+                    f"No level is expected to keep the budget of {controller.budget_ms:g} ms; running at level 1. "
                     "stats().budget_misses counts the misses.",
                 )
         if sample is not None and not self.training:
             level = max(level, self._policy.level_floor(sample))
         return level
 
-    def _record(self, session: Session, inputs: list[Tensor], execution: Execution, level: float | None, latency_ms: float) -> None:
+    def _record(self, session: Session, inputs: list[Tensor], execution: Execution, latency_ms: float, missed: bool) -> None:
         batch = session.batch_of(inputs)
-        missed = False
-        if self._controller is not None and level is not None:
-            missed = latency_ms > self._controller.budget_ms
-            guarded = execution.guard_actions > 0
-            self._controller.observe(latency_ms, execution.predicted_ms, level=level, work=float(batch), guarded=guarded)
         totals = session.totals
         self._recorder.add(
             samples=batch,
@@ -474,7 +479,11 @@ class DynamicModel(nn.Module):
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+_FAR_NS = 2**62
+"""Later than any deadline, in nanoseconds."""
+
+
 def _due_ns(deadline: float) -> int:
     if not is_number(deadline):
         raise InputError(f"`deadline` must be a finite number of seconds on the clock of time.monotonic(), got {deadline!r}.")
-    return max(1, int(deadline * 1e9))
+    return min(max(1, int(deadline * 1e9)), _FAR_NS)

@@ -64,11 +64,12 @@ class Session:
     @property
     def totals(self) -> Totals:
         """What a run of everything would be."""
-        if self._totals is None:
-            sites = self.plan.sites
-            rows = np.array([site.num_channels for site in sites], np.int64)
-            self._totals = Totals(float(self.plan.macs), tuple(site.name for site in sites), rows)
-        return self._totals
+        totals = self._totals
+        if totals is None:
+            plan = self.plan
+            rows = np.array([site.num_channels for site in plan.sites], np.int64)
+            totals = self._totals = Totals(float(plan.macs), tuple(site.name for site in plan.sites), rows)
+        return totals
 
     def engine(self, gates: Mapping[str, Gate], *, costs: CostTable | None, num_threads: int) -> Engine:
         """Returns the engine, which is made at the first use and after `refresh`."""
@@ -104,7 +105,10 @@ class Session:
         return inputs[0].shape[0] if self.graph.dynamic_batch else self.graph.batch_size
 
     def check_batch(self, inputs: list[Tensor]) -> None:
-        """Raises InputError where the inputs' batch sizes are empty, differ, or are not the captured one of a fixed-batch model."""
+        """Raises InputError where inputs are not dense, or their batch sizes are 0, differ, or are not that of a fixed-batch model."""
+        for x in inputs:
+            if x.layout is not torch.strided:
+                raise InputError(f"Inputs must be dense tensors, got one of layout {x.layout}; call .to_dense().")
         sizes = [x.shape[0] if x.ndim else 1 for x in inputs]
         if min(sizes) < 1:
             raise InputError("The batch must hold at least 1 sample, got 0.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -63,17 +63,23 @@ def predicted_ms(costs: Sequence[StepCost], keep: Mapping[str, float]) -> float:
     return total
 
 
-def allocate(costs: Sequence[StepCost], sensitivities: Mapping[str, Sensitivity], levels: int) -> list[dict[str, float]]:
+def allocate(
+    costs: Sequence[StepCost],
+    sensitivities: Mapping[str, Sensitivity],
+    levels: int,
+    is_useful: Callable[[Mapping[str, float]], bool] | None = None,
+) -> list[dict[str, float]]:
     """Returns the keep ratio of each site at each level; level 0 keeps all, and no ratio rises with the level.
 
     Starting from the whole model, the site whose next step saves most time per error takes it, until all are at their floor (a
     Lagrangian descent on convex curves). The levels are the first states on this way whose predicted time is below `levels` evenly
-    spaced times from the whole model's to the last one's.
+    spaced times from the whole model's to the last useful one's.
 
     Args:
         costs: of the plan's steps.
         sensitivities: of the sites to gate, by name.
         levels: number of levels, >= 2.
+        is_useful: whether the model is still worth running with these keep ratios; asked a few times, by bisection. None: always.
     """
     step = (1 - FLOOR) / STEPS
     taken = dict.fromkeys(sensitivities, 0)
@@ -86,12 +92,25 @@ def allocate(costs: Sequence[StepCost], sensitivities: Mapping[str, Sensitivity]
         taken[best] += 1
         keep[best] = 1 - step * taken[best]
         path.append((predicted_ms(costs, keep), dict(keep)))
+    if is_useful is not None:
+        path = path[: _last_useful([state for _, state in path], is_useful) + 1]
     whole_ms, tightest_ms = path[0][0], path[-1][0]
     chosen = []
     for level in range(levels):
         target_ms = whole_ms - (whole_ms - tightest_ms) * level / (levels - 1)
         chosen.append(next(state for time_ms, state in path if time_ms <= target_ms + 1e-9 * whole_ms))
     return chosen
+
+
+def _last_useful(states: Sequence[Mapping[str, float]], is_useful: Callable[[Mapping[str, float]], bool]) -> int:
+    """Returns the index of the last useful state, at least 1, taking it that none after a useless one is useful."""
+    if is_useful(states[-1]):
+        return len(states) - 1
+    useful, useless = 1, len(states) - 1
+    while useless - useful > 1:
+        middle = (useful + useless) // 2
+        useful, useless = (middle, useless) if is_useful(states[middle]) else (useful, middle)
+    return useful
 
 
 def _time_slopes(costs: Sequence[StepCost], keep: Mapping[str, float]) -> dict[str, float]:

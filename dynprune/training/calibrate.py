@@ -6,8 +6,7 @@ import copy
 import itertools
 import platform
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,17 +34,20 @@ from dynprune.training.sensitivity import (
     branch_errors,
     channel_errors,
     fit_branch,
+    joint_agreement,
     joint_thresholds,
 )
 
-SENSITIVITY_SECONDS = 40.0
-"""Time for gating each site alone; with the next two it decides how many samples are used, and too few cost accuracy."""
-THRESHOLD_SECONDS = 8.0
-ACCURACY_SECONDS = 16.0
-"""Time for setting, and for measuring, all levels with all sites gated."""
+SENSITIVITY_MACS = 2e12
+"""Multiply-adds for gating each site alone, 40 s of two cores; with the next two it decides how many samples are used."""
+THRESHOLD_MACS = 4e11
+ACCURACY_MACS = 8e11
+"""The same for setting, and for measuring, all levels with all sites gated."""
+LEAST_AGREEMENT = 0.5
+"""Level 1 is the tightest at which this share of the answers stays that of level 0: what lies beyond is of no use to anybody."""
 LATENCY_SECONDS = 0.1
 """Timed seconds per level."""
-LEAST_SAMPLES = 16
+LEAST_SAMPLES = 32
 
 
 def calibrate(
@@ -126,10 +128,9 @@ class _Calibration:
     def run(self) -> tuple[Frontier, CostTable]:
         """Returns the frontier and the cost table; the gates are fitted."""
         self.report(0.0, "timing the whole model")
-        self.seconds_per_sample = self._seconds_per_sample()
         table = measure_costs(self._engine(), self._single(0), self.sites)
         sensitivities = self._fit_gates()
-        keeps = allocate(step_costs(self.plan, table), sensitivities, self.levels)
+        keeps = allocate(step_costs(self.plan, table), sensitivities, self.levels, self._usefulness())
         self._set_curves(keeps)
         return self._frontier(table)
 
@@ -137,7 +138,7 @@ class _Calibration:
         """Fits the gate of every site that the plan gates, and returns how much the output suffers when that site alone is gated."""
         records = record_channels(self.attachment, self.fitted)
         runs = sum(len(KEEP_RATIOS) if site.kind == "channels" else 2 for site in self.gated)
-        held_out, fitted = (self._affordable(chunks, SENSITIVITY_SECONDS, runs) for chunks in (self.held_out, self.fitted))
+        held_out, fitted = (self._affordable(chunks, SENSITIVITY_MACS, runs) for chunks in (self.held_out, self.fitted))
         references = [self._whole(chunk) for chunk in held_out]
         fit_references = [self._whole(chunk) for chunk in fitted]
         pooled, fit_pooled = record_pooled(self.attachment, held_out), record_pooled(self.attachment, fitted)
@@ -162,7 +163,7 @@ class _Calibration:
             scores = self.attachment.gate(name).score(pooled[name])
             all_run = scores.min() - scores.std(correction=0) - 1e-3
             curves[name] = [all_run] * self.levels
-        chunks = self._affordable(self.fitted, THRESHOLD_SECONDS, self.levels)
+        chunks = self._affordable(self.fitted, THRESHOLD_MACS, self.levels)
         for level in range(1, self.levels):
             self.report(0.55 + 0.15 * level / self.levels, f"setting level {level} of {self.levels - 1}")
             for name, threshold in joint_thresholds(self.attachment, chunks, keeps[level]).items():
@@ -173,7 +174,7 @@ class _Calibration:
             gate.calibrated.fill_(True)
 
     def _frontier(self, table: CostTable) -> tuple[Frontier, CostTable]:
-        chunks = self._affordable(self.held_out, ACCURACY_SECONDS, self.levels)
+        chunks = self._affordable(self.held_out, ACCURACY_MACS, self.levels)
         references = [self._whole(chunk) for chunk in chunks]
         latencies_ms = self._latencies_ms()
         shares, accuracies = [], []
@@ -228,16 +229,16 @@ class _Calibration:
     def _whole(self, chunk: Chunk) -> Any:
         return self.dm.model(*chunk.args, **chunk.kwargs)
 
-    def _seconds_per_sample(self) -> float:
-        self._whole(self.held_out[0])
-        began = time.perf_counter()
-        for chunk in self.held_out:
-            self._whole(chunk)
-        return (time.perf_counter() - began) / sum(chunk.size for chunk in self.held_out)
+    def _usefulness(self) -> Callable[[Mapping[str, float]], bool]:
+        """Returns whether, with given keep ratios, enough of the held-out samples get the answer of the whole model."""
+        self.report(0.55, "looking for the tightest useful level")
+        chunks = self._affordable(self.held_out, THRESHOLD_MACS, 8)
+        references = [self._whole(chunk) for chunk in chunks]
+        return lambda keep: joint_agreement(self.attachment, chunks, keep, references) >= LEAST_AGREEMENT
 
-    def _affordable(self, chunks: list[Chunk], seconds: float, runs: int) -> list[Chunk]:
-        """Returns as many of the samples as can pass `runs` times in about `seconds`, at least 16."""
-        count = max(LEAST_SAMPLES, int(seconds / (runs * self.seconds_per_sample)))
+    def _affordable(self, chunks: list[Chunk], macs: float, runs: int) -> list[Chunk]:
+        """Returns as many of the samples as can pass `runs` times within these multiply-adds, at least 32."""
+        count = max(LEAST_SAMPLES, int(macs / (runs * max(1, self.plan.macs))))
         return take(chunks, count, splittable=self.splittable)
 
 

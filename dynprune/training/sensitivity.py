@@ -90,6 +90,15 @@ def branch_errors(attachment: Attachment, site: Site, pooled: Tensor, chunks: li
     return {1 - share: skipped[max(0, round(share * len(loss)) - 1)].item() for share in (0.25, 0.5, 0.75)}
 
 
+def joint_agreement(attachment: Attachment, chunks: list[Chunk], keep: Mapping[str, float], references: list[Any]) -> float:
+    """Returns the agreement with `references` when all sites keep their ratios of each chunk; arguments as for `joint_thresholds`."""
+    values = []
+    for chunk, reference in zip(chunks, references, strict=True):
+        masking, _ = _masking_by_quantile(attachment, keep)
+        values.append(agreement(attachment.visit(masking, chunk.args, chunk.kwargs), reference) * chunk.size)
+    return sum(values) / sum(chunk.size for chunk in chunks)
+
+
 def joint_thresholds(attachment: Attachment, chunks: list[Chunk], keep: Mapping[str, float]) -> dict[str, Tensor]:
     """Returns the thresholds at which each site keeps its ratio while all sites before it are gated likewise; mean over chunks.
 
@@ -98,6 +107,14 @@ def joint_thresholds(attachment: Attachment, chunks: list[Chunk], keep: Mapping[
         chunks: samples whose scores' quantiles are taken.
         keep: keep ratio by site name; a site that keeps all is not gated and has no threshold.
     """
+    masking, found = _masking_by_quantile(attachment, keep)
+    for chunk in chunks:
+        attachment.visit(masking, chunk.args, chunk.kwargs)
+    return {name: torch.stack(values).mean() for name, values in found.items()}
+
+
+def _masking_by_quantile(attachment: Attachment, keep: Mapping[str, float]) -> tuple[Masking, dict[str, list[Tensor]]]:
+    """Returns a visitor that keeps each site's ratio of the chunk at hand, and where it notes the thresholds that do so."""
     found: dict[str, list[Tensor]] = {}
 
     def choose(site: Site, x: Tensor, channel_dim: int) -> Tensor | None:
@@ -108,9 +125,7 @@ def joint_thresholds(attachment: Attachment, chunks: list[Chunk], keep: Mapping[
         found.setdefault(site.name, []).append(threshold)
         return (score > threshold).float()
 
-    for chunk in chunks:
-        attachment.visit(Masking(attachment, choose), chunk.args, chunk.kwargs)
-    return {name: torch.stack(values).mean() for name, values in found.items()}
+    return Masking(attachment, choose), found
 
 
 def apply_fit(gate: torch.nn.Module, fit: ChannelFit) -> None:
