@@ -31,8 +31,8 @@ lint: $(VENV)/ruff
 # The whole package is built once more, apart, and the kernel tests run on that copy under both sanitizers.
 sanitize: $(VENV)/installed $(VENV)/build-tools
 	DYNPRUNE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	cd build/sanitize && LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=lib \
-	  ../../$(BIN)/python -m pytest -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels
+	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=lib \
+	  ../../$(BIN)/python -m pytest --capture=sys -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels
 
 bench: $(VENV)/installed $(VENV)/torchvision $(VENV)/bench
 	$(BIN)/python bench/bench_models.py

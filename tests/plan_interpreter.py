@@ -74,7 +74,10 @@ class _Interpreter:
     def run(self) -> Run:
         for step in self.plan.steps:
             self.run_torch(step) if step.op == "torch" else self.run_samples(step)
-        outputs = [self.value(o).clone() if isinstance(o, View | Value) else o for o in self.plan.outputs]
+        outputs = [self.value(o) if isinstance(o, View | Value) else o for o in self.plan.outputs]
+        for output in outputs:
+            shared = isinstance(output, torch.Tensor) and output.untyped_storage().data_ptr() == self.arena.untyped_storage().data_ptr()
+            assert not shared, "an output lies in the arena, which the next run writes again"
         return Run(outputs, self.pooled)
 
     def memory(self, buffer: int) -> torch.Tensor:

@@ -467,6 +467,13 @@ def test_operation_runs_on_the_engine(name):
         assert ops(plan)["torch"] == 0
 
 
+def read_late(m, x):
+    """Reads a view of memory that the engine would have written again by then."""
+    conv = m.parts[0]
+    windows = (y := conv(x)).unfold(2, 2, 2).unfold(3, 2, 2)
+    return conv(conv(conv(y + 1))).mean((2, 3)) + windows.amax((2, 3, 4, 5))
+
+
 IN_PYTORCH = {
     "integers": (Lambda(lambda m, x: m.parts[0](x).mean(1), nn.Embedding(10, 4)), torch.randint(0, 10, (1, 6))),
     "double": (Lambda(lambda m, x: (x.double() * 2).float() + x), image()),
@@ -474,12 +481,7 @@ IN_PYTORCH = {
     "mixes-the-batch": (Lambda(lambda m, x: x - x.mean(0, keepdim=True)), image()),
     "size-of-the-batch": (Lambda(lambda m, x: x / x.shape[0] + 1), image()),
     "view-of-engine-memory": (Lambda(lambda m, x: m.parts[0](x).diagonal(0, 2, 3), nn.Conv2d(4, 4, 1)), image()),
-    "view-read-late": (
-        Lambda(
-            lambda m, x: (y := m.parts[0](x)).diagonal(0, 2, 3).sum(-1) + m.parts[0](m.parts[0](y + 1)).mean((2, 3)), nn.Conv2d(4, 4, 1)
-        ),
-        image(),
-    ),
+    "view-read-late": (Lambda(read_late, nn.Conv2d(4, 4, 1)), image()),
     "several-results": (
         Lambda(lambda m, x: (y := m.parts[0](x)).topk(2, 1)[0] + y.max(1, keepdim=True)[0], nn.Conv2d(4, 4, 1)),
         image(),
@@ -549,6 +551,14 @@ def test_dense_blocks_concatenate_in_place():
     assert shared.most_common(1)[0][1] == 3  # the stem and the two layers' results
     parts = sorted((rows.offset, rows.offset + rows.rows * rows.row_stride) for rows in convs if rows.buffer == shared.most_common(1)[0][0])
     assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(parts))
+
+
+def test_an_operand_is_copied_once_for_all_concatenations_that_share_it():
+    def dense(m, x):
+        y = m.parts[0](x)
+        return torch.cat([x, y, m.parts[1](torch.cat([x, y], 1))], 1).relu()
+
+    assert ops(check(Lambda(dense, nn.Conv2d(4, 3, 1), nn.Conv2d(7, 3, 1)), image())) == {"copy": 1, "conv": 2, "unary": 1}
 
 
 def test_the_arena_is_smaller_than_all_values_together():

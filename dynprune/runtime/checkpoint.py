@@ -32,6 +32,7 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
 
     Raises:
         InputError: the model has not been captured, or was captured from inputs other than positional tensors.
+        CheckpointError: the file cannot be written.
     """
     args, kwargs = dm.example
     if kwargs or not all(isinstance(x, Tensor) for x in args):
@@ -57,15 +58,20 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
             "scaled_ms": list(dm.costs.scaled_ms),
             "signature": dm.costs.signature,
         }
-    save_file(tensors, path, {_KEY: json.dumps(about)})
+    try:
+        save_file(tensors, path, {_KEY: json.dumps(about)})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
     """Returns a `DynamicModel` of `model` with what is in the file; see `DynamicModel.load`."""
     from dynprune.runtime.model import DynamicModel
 
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     about, tensors = _read(path)
-    if about["fingerprint"] != fingerprint(model):
+    if about.get("fingerprint") != fingerprint(model):
         raise CheckpointError(
             f"{str(path)!r} was saved for a model with other parameters (names, shapes or values); load that model's weights first."
         )
@@ -83,9 +89,9 @@ def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
                 table = CostTable(tuple(costs["fixed_ms"]), tuple(costs["scaled_ms"]), level_ms.double().numpy(), costs["signature"])
             dm.set_frontier(Frontier.from_json(about["frontier"]), table)
         return dm
-    except DynpruneError:
+    except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (DynpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
 
 
@@ -114,6 +120,9 @@ def _read(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         written = about["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: its description cannot be read ({error}).") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{str(path)!r} is damaged: {name!r} holds NaN or infinity.")
     if not isinstance(written, int) or written > FORMAT:
         raise CheckpointError(
             f"{str(path)!r} has format {written!r}; this version (dynprune {__version__}) reads up to {FORMAT}. Update dynprune."

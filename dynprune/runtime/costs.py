@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dynprune.errors import InputError
 from dynprune.runtime.plan import Plan
 
 
@@ -18,12 +19,20 @@ class CostTable:
         level_ms: f64 (levels, steps), mean prediction over the calibration inputs at level i / (levels - 1); the rests of these sums
             tell a gate whether the deadline can still be met.
         signature: of the plan; see `plan_signature`.
+
+    Raises:
+        InputError: the sizes do not fit each other.
     """
 
     fixed_ms: tuple[float, ...]
     scaled_ms: tuple[float, ...]
     level_ms: np.ndarray
     signature: str
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.fixed_ms), len(self.scaled_ms), *self.level_ms.shape[1:])
+        if self.level_ms.ndim != 2 or len(set(sizes)) > 1:
+            raise InputError(f"A cost table needs one entry per step in all its parts, got {self.level_ms.shape} and {sizes[:2]}.")
 
     def fits(self, plan: Plan) -> bool:
         """Whether the table was measured on a plan of these steps."""

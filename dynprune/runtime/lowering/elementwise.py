@@ -296,7 +296,7 @@ def _as_residual(draft: Draft, node: Node, left: Node, right: Node) -> EngineVal
     candidates = [(left, right), (right, left)]
     if branch is not None:
         candidates = [pair for pair in candidates if pair[0].name in draft.sites[branch].nodes]
-    candidates = [pair for pair in candidates if _takes_residual(draft, node, *pair, branch)]
+    candidates = [pair for pair in candidates if _takes_residual(draft, *pair)]
     if not candidates:
         return None
     main, other = max(candidates, key=lambda pair: draft.steps.index(draft.engine(pair[0]).step))
@@ -314,10 +314,8 @@ def _as_residual(draft: Draft, node: Node, left: Node, right: Node) -> EngineVal
     return draft.written(node, value.view, step)
 
 
-def _takes_residual(draft: Draft, node: Node, main: Node, other: Node, branch: int | None) -> bool:
+def _takes_residual(draft: Draft, main: Node, other: Node) -> bool:
     value, residual = draft.engine(main), draft.engine(other)
     step = value.step
-    if step is None or step.op != "conv" or not step.is_open or step.out_site >= 0 or main is other:
-        return False
-    skipped_by = step.branches - draft.branches_of(node)
-    return residual.view.sizes == value.view.sizes and skipped_by <= ({branch} if branch is not None else set())
+    is_open = step is not None and step.op == "conv" and step.is_open and step.out_site < 0
+    return is_open and main is not other and residual.view.sizes == value.view.sizes
