@@ -476,7 +476,7 @@ class DynamicModel(nn.Module):
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 _FAR_NS = 2**62
