@@ -7,14 +7,6 @@
 
 namespace dynprune {
 
-const KernelTable& scalar_kernels();
-#if defined(DYNPRUNE_HAVE_AVX2)
-const KernelTable& avx2_kernels();
-#endif
-#if defined(DYNPRUNE_HAVE_AVX512)
-const KernelTable& avx512_kernels();
-#endif
-
 const KernelTable& kernels_for(const std::string& isa) {
   const auto available = available_isas();
   if (std::find(available.begin(), available.end(), isa) == available.end()) {

@@ -439,7 +439,7 @@ def test_sampling_is_cheap_enough():
         begin_s = time.thread_time()
         for _ in range(20):
             monitor._refresh()
-        assert (time.thread_time() - begin_s) / 20 < 0.01 * monitor.interval_s
+        assert (time.thread_time() - begin_s) / 20 < 0.1 * monitor.interval_s
 
 
 @pytest.mark.parametrize("interval_s", [0, -1, float("nan"), "1", None], ids=repr)

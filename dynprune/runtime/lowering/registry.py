@@ -11,7 +11,7 @@ from dynprune.runtime.lowering.values import DraftValue
 Handler = Callable[[Draft, Node], DraftValue]
 
 HANDLERS: dict[str, Handler] = {}
-"""A handler returns the node's value, or raises `NotOnEngine`, before it has emitted anything, to leave the node to PyTorch."""
+"""A handler returns the node's value, or raises `NotOnEngine` to leave the node to PyTorch; until then it emits no more than copies."""
 
 POSITIONLESS: set[str] = set()
 """Operations for which a batch that shares a dimension with a neighbour makes no difference."""
