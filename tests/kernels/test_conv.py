@@ -193,7 +193,8 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
         "in_site": -1 if in_lists is None else 0,
         "out_site": -1 if out_lists is None else len(sites) - 1,
     }
-    run_step(isa, step, [buffer, y], sites=sites, active=active, num_threads=num_threads, compensation=matrix.numpy() if compensation else None)
+    extra = matrix.numpy() if compensation else None
+    run_step(isa, step, [buffer, y], sites=sites, active=active, num_threads=num_threads, compensation=extra)
     for sample in range(batch):
         rows = want[sample] if out_lists is None else want[sample][np.asarray(out_lists[sample], dtype=np.int64)]
         assert_close(y[sample, : len(rows)], rows, context=f"sample {sample}")
@@ -225,5 +226,5 @@ def test_a_step_that_does_not_fit_is_refused_by_name(isa):
         case.check(isa)
     case = ConvCase(SHAPES["1x1"], 1, None, None, seed=1)
     case.step["output"] = (1, 8, 13, 45, 45)
-    with pytest.raises(ValueError, match="operand of .* elements in a buffer of"):
+    with pytest.raises(ValueError, match=r"operand of .* elements in a buffer of"):
         case.check(isa)
