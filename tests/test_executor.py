@@ -259,7 +259,7 @@ def test_a_forked_child_runs_an_inference() -> None:
 
 
 def test_the_interpreter_ends_cleanly() -> None:
-    """With the engine's helper threads alive. A daemon thread of Python's that is inside a call then is another matter: CPython ends it by force."""
+    """With the engine's helper threads alive; a daemon thread of Python's inside a call then is another matter, as CPython kills it."""
     script = f"""
 import sys
 sys.path.insert(0, {str(TESTS)!r})
