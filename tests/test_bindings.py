@@ -252,11 +252,11 @@ def test_a_good_plan_runs() -> None:
 
 @pytest.mark.parametrize("what", ("steps", "plans"))
 def test_wrong_descriptions_are_refused_without_harm(what: str) -> None:
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_bindings as t; print(t.fuzz({what!r}, 0, 1500))"
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_bindings as t; print(t.fuzz({what!r}, 0, 1000))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, f"the process died with {result.returncode}: {result.stderr[-2000:]}"
     refused, _, rest = result.stdout.partition(" refused, ")
-    assert int(refused) > 300 and int(rest.split()[0]) > 10, result.stdout
+    assert int(refused) > 300 and int(rest.split()[0]) > 20, result.stdout
 
 
 @pytest.mark.parametrize(

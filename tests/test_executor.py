@@ -258,18 +258,27 @@ def test_a_forked_child_runs_an_inference() -> None:
     assert torch.equal(dm(x), want)
 
 
-def test_the_interpreter_ends_cleanly() -> None:
-    """With the engine's helper threads alive; a daemon thread of Python's inside a call then is another matter, as CPython kills it."""
+@pytest.mark.parametrize("serving", (False, True), ids=["idle", "serving"])
+def test_the_interpreter_ends_cleanly(serving: bool) -> None:
+    # The daemon thread calls the extension alone: PyTorch's own calls may abort the process in a daemon thread at that moment.
     script = f"""
-import sys
+import sys, threading
 sys.path.insert(0, {str(TESTS)!r})
-import torch, test_executor as t
+import numpy, torch, test_executor as t
 from dynprune.runtime.model import DynamicModel
 torch.set_grad_enabled(False)
 dm = DynamicModel(t.wide_model(), t.wide_input())
 dm.set_num_threads(4)
 for _ in range(5):
     dm(t.wide_input())
+if {serving}:
+    workspace = dm.engine_for(t.wide_input())._acquire(1)
+    workspace.begin(0.0)
+    for place, size in ((dm.plan.inputs[0], 3 * 56 * 56), (dm.plan.outputs[0], 10)):
+        memory = numpy.zeros(size, numpy.float32)
+        workspace.bind(place.buffer, memory.ctypes.data, size, memory)
+    run, steps = workspace.run, len(dm.plan.steps)
+    threading.Thread(target=lambda: [run(0, steps, 4) for _ in range(100000)], daemon=True).start()
 print("done", flush=True)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

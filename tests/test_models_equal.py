@@ -211,6 +211,17 @@ def test_skip_rate_is_what_the_lists_leave_out(name: str, backend: str) -> None:
     assert stats.skip_rate == pytest.approx(1 - left / total, abs=1e-6)
 
 
+@pytest.mark.parametrize(("name", "group_size"), [("basic", 8), ("mbconv_se", 4), ("grouped", 8), ("convnext", 16), ("attention", 16)])
+def test_groups_of_channels_mean_the_same_in_engine_and_hooked_model(name: str, group_size: int) -> None:
+    inputs = inputs_of(name, 3)
+    dm = DynamicModel(models.build(name), inputs, group_size=group_size)
+    assert any(site.kind == "channels" and site.num_groups == site.num_channels // group_size for site in dm.sites)
+    lists = random_lists(dm, 3, np.random.default_rng(4), "mixed")
+    with torch.no_grad():
+        want = dm.run_with_active(*inputs, active=lists, backend="hooked")
+        assert_same(dm.run_with_active(*inputs, active=lists), want, f"{name} in groups of {group_size}")
+
+
 def on_around(dm: DynamicModel, site: Site, masks: Mapping[str, Tensor]) -> Tensor:
     """Returns per sample 1 where all branches that hold the site run, else 0."""
     around = [other for other in dm.sites if other.kind == "branch" and other is not site and site.nodes < other.nodes]

@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 // Kernels, strides, dilations and paddings are looped over when a plan is built.
 constexpr int64_t kMaxWindow = 1 << 16;
+constexpr int64_t kMaxChannels = 1 << 20;
 // Chunks are cut for no more threads than this.
 constexpr int kMaxThreads = 256;
 
@@ -34,7 +35,8 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
   }
   if (!is_size(spec_.arena_size)) fail("an arena of " + std::to_string(spec_.arena_size) + " elements is too large.");
   for (const SiteSpec& site : spec_.sites) {
-    if (site.num_channels < 1 || site.num_channels > kMaxSize || site.group_size < 1 || site.num_channels % site.group_size != 0) {
+    const bool whole_groups = site.group_size >= 1 && site.num_channels % site.group_size == 0;
+    if (site.num_channels < 1 || site.num_channels > kMaxChannels || !whole_groups) {
       fail("a site needs channels in whole groups, got " + std::to_string(site.num_channels) + " channels in groups of " +
            std::to_string(site.group_size) + ".");
     }

@@ -30,7 +30,7 @@ class Stats:
     Attributes:
         inferences: calls.
         samples: inputs in all calls together.
-        skip_rate: share of the model's multiply-adds not executed, over all samples; gates' own included in the model's.
+        skip_rate: share of the model's multiply-adds not executed, over all samples; those of the gates count on neither side.
         site_skip_rates: by site name, the share of its groups (for a branch: of the samples) that did not run.
         latency_ms: percentiles over the last 10,000 calls.
         budget_ms: the budget now, or None.
