@@ -1,5 +1,10 @@
-// Memory on a cache line boundary, not initialised: the thread that first writes a page owns it.
+// Memory on a cache line boundary, not initialised: the thread that first writes a page owns it. Large buffers ask for huge pages, so
+// that weights and activations that stream by do not wait for address translation.
 #pragma once
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -16,9 +21,13 @@ class AlignedBuffer {
   explicit AlignedBuffer(size_t count) : size_(count) {
     if (count == 0) return;
     if (count > PTRDIFF_MAX / sizeof(T)) throw std::bad_alloc();
-    const size_t bytes = (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    data_ = static_cast<T*>(std::aligned_alloc(kAlignment, bytes));
+    const size_t alignment = count * sizeof(T) >= kHugeFrom ? kHugePage : kAlignment;
+    const size_t bytes = (count * sizeof(T) + alignment - 1) / alignment * alignment;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes));
     if (data_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // a hint: what it returns does not matter
+#endif
   }
   AlignedBuffer(AlignedBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
@@ -33,6 +42,8 @@ class AlignedBuffer {
 
  private:
   static constexpr size_t kAlignment = 64;
+  static constexpr size_t kHugePage = size_t{1} << 21;
+  static constexpr size_t kHugeFrom = 4 * kHugePage;
   T* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -8,23 +8,32 @@
 namespace dynprune {
 namespace {
 
-// Four rows at once: x is loaded once for the four, and four chains of sums hide the latency of the multiply-add.
+// Four rows at once: x is loaded once for the four, and four chains of sums hide the latency of the multiply-add. Weights are asked of
+// the memory kAhead elements before their use; at the end of a row, from the rows that come next, which only the index list knows.
 template <int ROWS>
 void dot_tile(const DotRowsArgs& a, int64_t first) {
+  constexpr int64_t kAhead = 256;
   const float* weight[ROWS];
+  const float* next[ROWS];
   int64_t row[ROWS];
   Vec sum[ROWS];
+  const auto row_of = [&a](int64_t i) { return a.row_index != nullptr ? a.row_index[i] : a.first_row + i; };
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i) {
-    row[i] = a.row_index != nullptr ? a.row_index[first + i] : a.first_row + first + i;
+    row[i] = row_of(first + i);
     weight[i] = a.weight + row[i] * a.weight_stride;
+    next[i] = a.weight + row_of(first + ROWS + i < a.rows ? first + ROWS + i : first + i) * a.weight_stride + kAhead - a.k;
     sum[i] = zero();
   }
   int64_t k = 0;
   for (; k + Vec::kLanes <= a.k; k += Vec::kLanes) {
+    const float* const* ahead = k + kAhead < a.k ? weight : next;
     const Vec x = load(a.x + k);
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) sum[i] = fma(load(weight[i] + k), x, sum[i]);
+    for (int i = 0; i < ROWS; ++i) {
+      __builtin_prefetch(ahead[i] + k + (ahead == weight ? kAhead : 0));
+      sum[i] = fma(load(weight[i] + k), x, sum[i]);
+    }
   }
   if (k < a.k) {
     const int rest = static_cast<int>(a.k - k);
@@ -42,52 +51,51 @@ void dot_rows(const DotRowsArgs& a) {
   for (; i < a.rows; ++i) dot_tile<1>(a, i);
 }
 
-// Blocks of eight vectors of outputs stay in registers over all columns.
-template <int NV>
-void axpy_block(const AxpyRowsArgs& a, int64_t first, int lanes_in_last) {
-  Vec sum[NV];
-#pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) {
-    const float* bias = a.bias + first + v * Vec::kLanes;
-    sum[v] = a.bias == nullptr ? zero() : v == NV - 1 ? load_partial(bias, lanes_in_last) : load(bias);
-  }
-  for (int64_t j = 0; j < a.columns; ++j) {
-    const int64_t column = a.column_index != nullptr ? a.column_index[j] : j;
-    const float* weight = a.weight + column * a.weight_stride + first;
-    const Vec x = set1(a.x[j]);
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      const float* w = weight + v * Vec::kLanes;
-      sum[v] = fma(v == NV - 1 ? load_partial(w, lanes_in_last) : load(w), x, sum[v]);
+// out += the sum of ROWS rows of the weight, scaled. Which rows come next the hardware cannot know: `next` tells the memory.
+template <int ROWS>
+void axpy_tile(const float* const* weight, const float* const* next, const float* x, float* out, int64_t n) {
+  Vec scale[ROWS];
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) scale[i] = set1(x[i]);
+  int64_t o = 0;
+  for (; o + Vec::kLanes <= n; o += Vec::kLanes) {
+    Vec sum = load(out + o);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      __builtin_prefetch(next[i] + o);
+      sum = fma(load(weight[i] + o), scale[i], sum);
     }
+    store(out + o, sum);
   }
-#pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) {
-    float* out = a.out + first + v * Vec::kLanes;
-    if (v == NV - 1) {
-      store_partial(out, sum[v], lanes_in_last);
-    } else {
-      store(out, sum[v]);
-    }
+  if (o < n) {
+    const int rest = static_cast<int>(n - o);
+    Vec sum = load_partial(out + o, rest);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) sum = fma(load_partial(weight[i] + o, rest), scale[i], sum);
+    store_partial(out + o, sum, rest);
   }
 }
 
-template <int NV>
-void axpy_rest(const AxpyRowsArgs& a, int64_t first, int64_t vectors, int lanes_in_last) {
-  if constexpr (NV > 0) {
-    if (vectors == NV) return axpy_block<NV>(a, first, lanes_in_last);
-    axpy_rest<NV - 1>(a, first, vectors, lanes_in_last);
-  }
-}
-
+// The outputs stay in the first-level cache while rows of the weight stream by, four at a time.
 void axpy_rows(const AxpyRowsArgs& a) {
-  constexpr int kBlock = 8;
-  const int64_t vectors = (a.n + Vec::kLanes - 1) / Vec::kLanes;
-  for (int64_t v = 0; v < vectors; v += kBlock) {
-    const int64_t here = vectors - v < kBlock ? vectors - v : kBlock;
-    const bool last = v + here == vectors;
-    const int lanes_in_last = last ? static_cast<int>(a.n - (vectors - 1) * Vec::kLanes) : Vec::kLanes;
-    axpy_rest<kBlock>(a, v * Vec::kLanes, here, lanes_in_last);
+  if (a.bias == nullptr) {
+    for (int64_t o = 0; o < a.n; ++o) a.out[o] = 0.0f;
+  } else if (a.bias != a.out) {
+    for (int64_t o = 0; o < a.n; ++o) a.out[o] = a.bias[o];
+  }
+  const auto row = [&a](int64_t j) {
+    j = j < a.columns ? j : a.columns - 1;
+    return a.weight + (a.column_index != nullptr ? a.column_index[j] : j) * a.weight_stride;
+  };
+  int64_t j = 0;
+  for (; j + 4 <= a.columns; j += 4) {
+    const float* weight[4] = {row(j), row(j + 1), row(j + 2), row(j + 3)};
+    const float* next[4] = {row(j + 4), row(j + 5), row(j + 6), row(j + 7)};
+    axpy_tile<4>(weight, next, a.x + j, a.out, a.n);
+  }
+  for (; j < a.columns; ++j) {
+    const float* weight[1] = {row(j)};
+    axpy_tile<1>(weight, weight, a.x + j, a.out, a.n);
   }
 }
 

@@ -262,11 +262,14 @@ class Engine:
                 if not gate.compensated[index] or consumer.node not in step_of_node:
                     continue
                 step = step_of_node[consumer.node]
+                means = gate.channel_means[index].detach().cpu()
+                if self.plan.steps[step].op == "linear":
+                    self._compiled.set_compensation(step, _array(means[None]))
+                    continue
                 weight = torch.from_numpy(self.plan.steps[step].constants["weight"])
                 groups = self.plan.steps[step].ints.get("groups", [1])[0]
-                matrix = compensation_matrix(weight.view(weight.shape[0], -1), gate.channel_means[index].detach().cpu(), groups)
-                transposed = self.plan.steps[step].op == "linear"
-                self._compiled.set_compensation(step, _array(matrix.T if transposed else matrix))
+                matrix = compensation_matrix(weight.view(weight.shape[0], -1), means, groups)
+                self._compiled.set_compensation(step, _array(matrix))
 
 
 def choose_isa() -> str:

@@ -166,7 +166,7 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
     weight, bias, x = torch.randn(outputs, features), torch.randn(outputs), torch.randn(batch, features)
     in_lists = None if in_kind is None else [active_list(in_kind, channels, rng) for _ in range(batch)]
     out_lists = None if out_kind is None else [active_list(out_kind, outputs, rng) for _ in range(batch)]
-    matrix = torch.randn(channels, outputs)
+    means = torch.randn(channels)
     buffer = np.full((batch, features), np.nan, np.float32)
     want = []
     for sample in range(batch):
@@ -175,7 +175,9 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
         buffer[sample, : len(columns)] = x[sample, columns].numpy()
         y = (weight[:, columns].double() @ x[sample, columns].double()).float() + bias
         if compensation:
-            y += matrix[np.setdiff1d(np.arange(channels), chosen)].sum(0)
+            mean_input = means.repeat_interleave(repeat)
+            mean_input[columns] = 0
+            y += (weight.double() @ mean_input.double()).float()
         want.append(y.tanh())
     y = np.full((batch, outputs), np.nan, np.float32)
     sites, active = [], []
@@ -193,7 +195,7 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
         "in_site": -1 if in_lists is None else 0,
         "out_site": -1 if out_lists is None else len(sites) - 1,
     }
-    extra = matrix.numpy() if compensation else None
+    extra = means[None].numpy() if compensation else None
     run_step(isa, step, [buffer, y], sites=sites, active=active, num_threads=num_threads, compensation=extra)
     for sample in range(batch):
         rows = want[sample] if out_lists is None else want[sample][np.asarray(out_lists[sample], dtype=np.int64)]
@@ -214,9 +216,17 @@ def test_linear_after_flatten(isa, in_kind, num_threads):
     linear_case(isa, 6 * 49, 500, in_kind, "random", repeat=49, num_threads=num_threads)
 
 
+@pytest.mark.parametrize("outputs", [1100, 4200])
+@pytest.mark.parametrize("out_kind", [None, "random"])
 @pytest.mark.parametrize("in_kind", LIST_KINDS)
-def test_linear_compensation(isa, in_kind):
-    linear_case(isa, 40, 70, in_kind, None, compensation=True)
+def test_linear_with_many_outputs(isa, in_kind, out_kind, outputs):
+    linear_case(isa, 150, outputs, in_kind, out_kind, num_threads=3)
+
+
+@pytest.mark.parametrize("repeat", [1, 5])
+@pytest.mark.parametrize("in_kind", LIST_KINDS)
+def test_linear_compensation(isa, in_kind, repeat):
+    linear_case(isa, 40, 70, in_kind, None, repeat=repeat, compensation=True)
 
 
 def test_a_step_that_does_not_fit_is_refused_by_name(isa):

@@ -1,10 +1,13 @@
 // A linear layer of one position per sample: a matrix-vector product over any lists of inputs and outputs.
 //
-// Without an input list a weight row is contiguous and each output is a dot product. With one, the weight is kept transposed, so that
-// an input that does not run is a row not read.
+// Without an input list a weight row is contiguous and each output is a dot product. With one, the weight is kept transposed in panels
+// of some outputs, so that an input that does not run is a row not read and the rows that are read follow each other in memory.
+//
+// Skipped channels at their means m: y = bias + W m + sum over the active c of w_c (x_c - m_c), which costs no more than without.
 #include <algorithm>
 #include <cstring>
 
+#include "base/aligned_buffer.h"
 #include "plan/ops/factories.h"
 #include "plan/ops/spec_reader.h"
 
@@ -27,13 +30,16 @@ class LinearOp final : public Op, public Compensated {
     weight_ = reader.constant("weight", {out_, in_});
     bias_ = reader.constant("bias", {out_});
     activation_ = reader.activation();
-    if (spec_.in_site >= 0) transpose();
     // 50 us of a core that streams 10 GB/s of weights.
     constexpr int64_t kChunkWeights = 125'000;
     constexpr int64_t kMinOutputs = 64;
+    // A panel's row is long enough for the memory's bursts, and there are enough panels for the threads.
+    panel_ = out_ >= 4096 ? 1024 : out_ >= 1024 ? 256 : kMinOutputs;
     const int64_t wanted = std::max<int64_t>(1, in_ * out_ / kChunkWeights);
-    parts_ = num_threads == 1 ? 1 : std::min(wanted, std::max<int64_t>(1, out_ / kMinOutputs));
-    max_outputs_ = (out_ + parts_ - 1) / parts_ + 16;
+    const int64_t units = spec_.in_site >= 0 ? num_panels() : std::max<int64_t>(1, out_ / kMinOutputs);
+    parts_ = num_threads == 1 ? 1 : std::min(wanted, units);
+    max_outputs_ = (spec_.in_site >= 0 ? (num_panels() + parts_ - 1) / parts_ * panel_ : (out_ + parts_ - 1) / parts_) + 16;
+    if (spec_.in_site >= 0) transpose();
   }
 
   int64_t chunks_per_sample() const override { return parts_; }
@@ -50,22 +56,17 @@ class LinearOp final : public Op, public Compensated {
       kernels_.dot_rows({rows.end - rows.begin, in_, weight_, in_, index, rows.begin, x, bias_, scratch});
       return;
     }
-    const Range outputs = part_of(out_, part, parts_);
-    const int64_t n = outputs.end - outputs.begin;
-    if (repeat_ == 1) {
-      kernels_.axpy_rows({n, count, transposed_.data() + outputs.begin, out_, run.active(spec_.in_site, sample).index, x,
-                          bias_ + outputs.begin, scratch});
-    } else {
+    const int32_t* active = run.active(spec_.in_site, sample).index;
+    const bool compensated = means_ != nullptr && count < in_rows;
+    if (compensated) {
       for (int64_t j = 0; j < count; ++j) {
-        const int64_t channel = run.active(spec_.in_site, sample).index[j];
-        kernels_.axpy_rows({n, repeat_, transposed_.data() + channel * repeat_ * out_ + outputs.begin, out_, nullptr, x + j * repeat_,
-                            j == 0 ? bias_ + outputs.begin : scratch, scratch});
+        for (int64_t i = 0; i < repeat_; ++i) x[j * repeat_ + i] -= means_[active[j]];
       }
-      if (count == 0) std::memcpy(scratch, bias_ + outputs.begin, n * sizeof(float));
     }
-    if (compensation_ != nullptr) {
-      kernels_.axpy_rows({n, in_rows, compensation_ + outputs.begin, out_, nullptr, run.active(spec_.in_site, sample).inactive, scratch,
-                          scratch});
+    const float* start = compensated ? bias_at_means_.data() : bias_;
+    const Range outputs = panel_outputs(part);
+    for (int64_t first = outputs.begin; first < outputs.end; first += panel_) {
+      sum_panel(first, active, count, x, start + first, scratch + first - outputs.begin);
     }
   }
 
@@ -73,12 +74,12 @@ class LinearOp final : public Op, public Compensated {
     float* out = run.row(spec_.output, sample, 0);
     const int64_t stride = spec_.output.row_stride;
     if (spec_.in_site < 0 || spec_.out_site < 0) {
-      const Range rows = spec_.in_site < 0 ? active_outputs(run, sample, part) : part_of(out_, part, parts_);
+      const Range rows = spec_.in_site < 0 ? active_outputs(run, sample, part) : panel_outputs(part);
       activate(scratch, rows.end - rows.begin);
       for (int64_t i = rows.begin; i < rows.end; ++i) out[i * stride] = scratch[i - rows.begin];
       return;
     }
-    const Range outputs = part_of(out_, part, parts_);
+    const Range outputs = panel_outputs(part);
     activate(scratch, outputs.end - outputs.begin);
     const ActiveList& list = run.active(spec_.out_site, sample);
     const int32_t* end = list.index + list.count;
@@ -86,17 +87,53 @@ class LinearOp final : public Op, public Compensated {
     for (const int32_t* i = first; i < end && *i < outputs.end; ++i) out[(i - list.index) * stride] = scratch[*i - outputs.begin];
   }
 
-  void set_compensation(const float* matrix) override { compensation_ = matrix; }
-  // Transposed: one row per input channel.
+  void set_compensation(const float* means) override {
+    means_ = means;
+    if (means == nullptr) return;
+    bias_at_means_.assign(bias_, bias_ + out_);
+    for (int64_t o = 0; o < out_; ++o) {
+      double sum = 0.0;
+      for (int64_t i = 0; i < in_; ++i) sum += static_cast<double>(weight_[o * in_ + i]) * means[i / repeat_];
+      bias_at_means_[o] += static_cast<float>(sum);
+    }
+  }
+  // The mean of each input channel.
   std::vector<int64_t> compensation_sizes() const override {
-    return spec_.in_site < 0 ? std::vector<int64_t>{} : std::vector<int64_t>{in_ / repeat_, out_};
+    return spec_.in_site < 0 ? std::vector<int64_t>{} : std::vector<int64_t>{1, in_ / repeat_};
   }
 
  private:
+  int64_t num_panels() const { return (out_ + panel_ - 1) / panel_; }
+  int64_t panel_width(int64_t first) const { return std::min(panel_, out_ - first); }
+
+  // The outputs of the panels of a chunk.
+  Range panel_outputs(int64_t part) const {
+    const Range panels = part_of(num_panels(), part, parts_);
+    return {panels.begin * panel_, std::min(panels.end * panel_, out_)};
+  }
+
   void transpose() {
-    transposed_.resize(in_ * out_);
-    for (int64_t o = 0; o < out_; ++o) {
-      for (int64_t i = 0; i < in_; ++i) transposed_[i * out_ + o] = weight_[o * in_ + i];
+    transposed_ = AlignedBuffer<float>(in_ * out_);
+    for (int64_t first = 0; first < out_; first += panel_) {
+      const int64_t width = panel_width(first);
+      float* panel = transposed_.data() + first * in_;
+      for (int64_t o = 0; o < width; ++o) {
+        for (int64_t i = 0; i < in_; ++i) panel[i * width + o] = weight_[(first + o) * in_ + i];
+      }
+    }
+  }
+
+  // out = start + the active inputs times their rows in the panel that begins at output `first`.
+  void sum_panel(int64_t first, const int32_t* active, int64_t count, const float* x, const float* start, float* out) const {
+    const int64_t width = panel_width(first);
+    const float* panel = transposed_.data() + first * in_;
+    if (repeat_ == 1) {
+      kernels_.axpy_rows({width, count, panel, width, active, x, start, out});
+      return;
+    }
+    std::memcpy(out, start, width * sizeof(float));
+    for (int64_t j = 0; j < count; ++j) {
+      kernels_.axpy_rows({width, repeat_, panel + active[j] * repeat_ * width, width, nullptr, x + j * repeat_, out, out});
     }
   }
 
@@ -124,9 +161,11 @@ class LinearOp final : public Op, public Compensated {
   Rows x_;
   const float* weight_;
   const float* bias_;
-  const float* compensation_ = nullptr;
+  const float* means_ = nullptr;
+  std::vector<float> bias_at_means_;
   ActivationSpec activation_;
-  std::vector<float> transposed_;
+  AlignedBuffer<float> transposed_;
+  int64_t panel_;
   int64_t parts_;
   int64_t max_outputs_;
 };
