@@ -6,7 +6,9 @@ import copy
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.utils import _pytree as pytree
 from dynprune.control.controller import LatencyController, PressurePolicy, check_level, check_percentile, is_number
 from dynprune.control.frontier import Frontier
 from dynprune.control.monitor import ResourceMonitor
-from dynprune.errors import CalibrationError, InputError
+from dynprune.errors import CalibrationError, InputError, UnsupportedModelError
 from dynprune.gates.attach import Attachment, check_site_names, make_gate
 from dynprune.gates.heads import Gate, gate_key
 from dynprune.graph.capture import Graph
@@ -26,6 +28,8 @@ from dynprune.graph.sites import Site, Ungated
 from dynprune.runtime.costs import CostTable
 from dynprune.runtime.engine import Engine, Execution
 from dynprune.runtime.explain import explain
+from dynprune.runtime.islands import Islands
+from dynprune.runtime.ops import CallForm, compiled_call, register
 from dynprune.runtime.plan import Plan
 from dynprune.runtime.session import Session, sites_in_common
 from dynprune.runtime.statistics import Stats, StatsRecorder
@@ -46,7 +50,8 @@ class DynamicModel(nn.Module):
 
     Args:
         model: any module that torch.export can capture.
-        example_inputs: a tensor or tuple, as a call of the model takes it; None captures at the first call.
+        example_inputs: a tensor, a tuple, or a mapping of keyword arguments, as a call of the model takes it; None captures at the
+            first call. For a decoder of transformers pass `use_cache=False` with it.
         include, exclude: fnmatch patterns over site names ("layer2.*"): which sites get gates.
         group_size: consecutive channels that a gate decides on together; it must divide every site's channels.
         exact: leave out Winograd's algorithm, which makes 3x3 convolutions two to three times faster, rounds them a few times more
@@ -67,7 +72,7 @@ class DynamicModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor | tuple | None = None,
+        example_inputs: Tensor | tuple | Mapping[str, Any] | None = None,
         *,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
@@ -103,7 +108,13 @@ class DynamicModel(nn.Module):
         self._recorder = StatsRecorder()
         self._warned: set[str] = set()
         self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
-        if example_inputs is not None:
+        self._islands: Islands | None = None
+        self._uncapturable: set[Any] = set()
+        self.number = register(self)
+        self.call_form: CallForm | None = None
+        if isinstance(example_inputs, Mapping):
+            self._session_for((), dict(example_inputs))
+        elif example_inputs is not None:
             self._session_for(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
 
     # ------------------------------------------------------------------ calls
@@ -118,10 +129,23 @@ class DynamicModel(nn.Module):
 
         Raises:
             InputError: the model does not take these inputs.
+
+        A call that holds more than tensors and plain values (a cache that the model writes to), or that torch.export cannot capture,
+        runs in PyTorch with the same gates, except for parts that have one token per sample: they run on the engine.
         """
+        if torch.compiler.is_compiling():
+            return compiled_call(self, args, kwargs, deadline)
         began_ns = time.monotonic_ns()
         due_ns = _FAR_NS if deadline is None else _due_ns(deadline)
-        session, inputs = self._session_for(args, kwargs)
+        if self._example is not None and not (_is_plain(args) and _is_plain(kwargs)):
+            return self._run_in_pytorch(args, kwargs)
+        try:
+            session, inputs = self._session_for(args, kwargs)
+        except UnsupportedModelError as error:
+            if self._example is None:
+                raise
+            self._warn_once("capture", f"Calls of this form run in PyTorch: {error}")
+            return self._run_in_pytorch(args, kwargs)
         controller = None if self.training else self._controller
         level = self._next_level(controller, session.batch_of(inputs))
         if not self._runs_on_engine(inputs):
@@ -334,6 +358,21 @@ class DynamicModel(nn.Module):
             twin.set_frontier(self.frontier, self.costs)
         return twin
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if name.startswith("_") or not hasattr(model, name):
+                raise
+        return self._generate if name == "generate" else getattr(model, name)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, whose forward passes are calls of this."""
+        twin = copy.copy(self.model)
+        vars(twin)["forward"] = self.__call__  # assigned, it would become a submodule of both
+        return twin.generate(*args, **kwargs)
+
     def __reduce__(self):
         raise InputError("A DynamicModel is not pickled; use dm.save(path) and DynamicModel.load(path, model).")
 
@@ -349,8 +388,12 @@ class DynamicModel(nn.Module):
 
     # ------------------------------------------------------------------ inside
 
-    def _session_for(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Session, list[Tensor]]:
-        """Returns the session for the shapes of a call, captured now if they are new, and the call's tensors."""
+    def is_captured(self, *inputs: Any, **kwargs: Any) -> bool:
+        """Returns whether the plan for inputs of these shapes is there already."""
+        return self._key(inputs, kwargs)[0] in self._sessions
+
+    def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        """Returns what calls that share a session have in common, and the call's tensors."""
         leaves = args if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) else pytree.tree_leaves((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not inputs:
@@ -360,10 +403,17 @@ class DynamicModel(nn.Module):
             None if len(leaves) == len(inputs) else tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
             tuple(kwargs),
         )
+        return key, inputs
+
+    def _session_for(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Session, list[Tensor]]:
+        """Returns the session for the shapes of a call, captured now if they are new, and the call's tensors."""
+        key, inputs = self._key(args, kwargs)
         if not self.training:
             self._follow_changes()
         session = self._sessions.get(key)
         if session is None:
+            if key in self._uncapturable:
+                raise UnsupportedModelError("torch.export could not capture a call of this form.")
             with self._lock:
                 session = self._sessions.get(key) or self._capture(key, args, kwargs)
         session.check_batch(inputs)
@@ -374,10 +424,16 @@ class DynamicModel(nn.Module):
         if any(isinstance(x, Tensor) and x.ndim and x.shape[0] == 0 for x in pytree.tree_leaves((args, kwargs))):
             raise InputError("The batch must hold at least 1 sample, got 0.")
         options = {"include": self.include, "exclude": self.exclude, "group_size": self.group_size, "exact": self.exact}
-        session = Session(self.model, args, kwargs, **options)
+        try:
+            session = Session(self.model, args, kwargs, **options)
+        except UnsupportedModelError:
+            if self._example is not None:
+                self._uncapturable.add(key)
+            raise
         if self._example is None:
             self._take_sites(session)
             self._example = (args, kwargs)
+            self.call_form = CallForm(args, kwargs, session.graph)
             self._watch()
         else:
             session.sites = sites_in_common(session.sites, self._sites)
@@ -400,6 +456,21 @@ class DynamicModel(nn.Module):
             self.gates[gate_key(name)] = gates[name].to(device).train(self.training)
             self._gate_of[name] = gates[name]
 
+    def _run_in_pytorch(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Returns the model's output of a call that has no plan."""
+        self._follow_changes()
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        batch = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
+        level = self._next_level(None if self.training else self._controller, batch)
+        call = partial(self.attachment.run, args, kwargs, level=level)
+        if self.training or level <= 0 or not self._runs_on_engine(tensors):
+            return call()[0]
+        if self._islands is None:
+            session = self._captured()
+            options = {"exact": self.exact, "num_threads": self._num_threads}
+            self._islands = Islands(self.model, session.graph, self.sites, self._gate_of, **options)
+        return self._islands.run(call, level)[0]
+
     def _check_captured(self) -> None:
         if self._example is None:
             raise InputError("The model is captured at its first call; pass `example_inputs` or call it once.")
@@ -420,6 +491,7 @@ class DynamicModel(nn.Module):
             self._watch()
             if model.replaced():
                 self._sessions.clear()
+                self._islands = None
             else:
                 self._refresh_sessions(weights=model.written())
 
@@ -428,6 +500,7 @@ class DynamicModel(nn.Module):
 
     def _refresh_sessions(self, *, weights: bool) -> None:
         with self._lock:
+            self._islands = None
             for session in self._sessions.values():
                 session.refresh(weights=weights)
 
@@ -477,6 +550,17 @@ class DynamicModel(nn.Module):
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, RuntimeWarning, stacklevel=6)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is made of nothing but tensors, values and containers that a graph can be captured for; a cache is not."""
+    if isinstance(value, Tensor | None | bool | int | float | str):
+        return True
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return is_dataclass(value) and all(_is_plain(getattr(value, item.name)) for item in fields(value))
 
 
 _FAR_NS = 2**62

@@ -1,0 +1,122 @@
+"""Parts of a model that run on the engine where the whole cannot: the MLPs of a decoder that writes token by token into a cache.
+
+Such a call hands over a cache, which no captured graph can hold, so the model runs in PyTorch. Its gated MLPs are modules from one
+tensor to one tensor; for one token each is a few matrix-vector products bound by reading weights, and there the engine reads only
+the rows of the neurons that the token needs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynprune.errors import DynpruneError
+from dynprune.gates.heads import Gate
+from dynprune.graph.capture import Graph
+from dynprune.graph.sites import Site
+from dynprune.runtime.session import Session, sites_in_common
+
+
+class Islands:
+    """Runs a model in PyTorch with its gated parts on the engine where their input is one token per sample.
+
+    Args:
+        model: the user's model.
+        graph: its captured graph.
+        sites: those of its gates.
+        gates: by site name.
+        exact, num_threads: see `DynamicModel`.
+
+    Attributes:
+        paths: of the modules that are islands: the innermost ones that hold all of a channel site, are called once, with one tensor in
+            and one out, and run wholly on the engine.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: Graph, sites: Sequence[Site], gates: Mapping[str, Gate], *, exact: bool, num_threads: int
+    ):
+        self._model = model
+        self._gates = gates
+        self._exact = exact
+        self._num_threads = num_threads
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.RLock()
+        self._sites: defaultdict[str, dict[str, Site]] = defaultdict(dict)
+        for site in sites:
+            path = _home(site)
+            if path and path in graph.tensor_modules and graph.call_counts.get(path) == 1:
+                self._sites[path][site.name.removeprefix(f"{path}.")] = site
+        for path, known in self._sites.items():
+            session = self._capture(path, known)
+            if session is not None:
+                self._sessions[path] = session
+        self.paths = tuple(self._sessions)
+
+    def run(self, call: Callable[[], Any], level: float) -> Any:
+        """Returns `call()`, during which the islands run on the engine at `level`. Calls from several threads wait for each other."""
+        with self._lock:
+            own = {path: self._model.get_submodule(path) for path in self.paths}
+            saved = {path: vars(module).get("forward") for path, module in own.items()}
+            try:
+                for path, module in own.items():
+                    module.forward = self._on_engine(path, module.forward, level)
+                return call()
+            finally:
+                for path, module in own.items():
+                    if saved[path] is None:
+                        vars(module).pop("forward", None)
+                    else:
+                        module.forward = saved[path]
+
+    def _on_engine(self, path: str, forward: Callable[..., Any], level: float) -> Callable[..., Any]:
+        session = self._sessions[path]
+        gates = {name: self._gates[site.name] for name, site in self._sites[path].items()}
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if len(args) != 1 or kwargs or not _is_one_token(args[0]):
+                return forward(*args, **kwargs)
+            engine = session.engine(gates, costs=None, num_threads=self._num_threads)
+            outputs, _ = engine.run(args, level=level)
+            return session.pack(outputs)
+
+        return run
+
+    def _capture(self, path: str, known: Mapping[str, Site]) -> Session | None:
+        """Returns the plan of one island for one token, or None where it has no plan that keeps its gates and leaves nothing to PyTorch."""
+        site = next(iter(known.values()))
+        token = torch.zeros(1, 1, site.gate_channels)
+        options = {"include": ("*",), "exclude": (), "group_size": site.group_size, "exact": self._exact}
+        try:
+            session = Session(self._model.get_submodule(path), (token,), {}, **options)
+        except DynpruneError:
+            return None
+        session.sites = sites_in_common(session.sites, known)
+        whole = len(session.sites.sites) == len(known) and all(step.torch_call is None for step in session.plan.steps)
+        return session if whole else None
+
+
+def _home(site: Site) -> str:
+    """Returns the path of the innermost module that holds the producers and consumers of a channel site; "" where it is the root."""
+    if site.kind != "channels":
+        return ""
+    paths = [path.split(".")[:-1] for path in (*site.producers, *(consumer.module_path for consumer in site.consumers))]
+    common = 0
+    while all(len(path) > common and path[common] == paths[0][common] for path in paths):
+        common += 1
+    return ".".join(paths[0][:common])
+
+
+def _is_one_token(x: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.ndim == 3
+        and x.shape[1] == 1
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )

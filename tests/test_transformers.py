@@ -1,0 +1,133 @@
+"""The conventions of transformers: keyword inputs, output classes, `config`, pipelines, and `generate` with and without a cache."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision_models import declare_operations
+
+from dynprune.errors import InputError
+from dynprune.runtime.islands import Islands
+from dynprune.runtime.model import DynamicModel
+
+declare_operations()
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 32}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=64, eos_token_id=None, bos_token_id=None)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def decoder(llama) -> DynamicModel:
+    return DynamicModel(llama, {"input_ids": ids(2, 6), "use_cache": False})
+
+
+@pytest.fixture(scope="module")
+def classifier() -> DynamicModel:
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=50, max_position_embeddings=32)
+    model = transformers.DistilBertForSequenceClassification(config).eval()
+    return DynamicModel(model, {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.int64)})
+
+
+def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "[PAD]": 1, "good": 2, "bad": 3, "film": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_input_names=names)
+
+
+def test_keywords_output_classes_and_the_models_attributes(classifier) -> None:
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    got, want = classifier(input_ids=ids(3, 6), attention_mask=mask), classifier.model(input_ids=ids(3, 6), attention_mask=mask)
+    assert type(got) is type(want)
+    assert torch.allclose(got.logits, want.logits, atol=1e-5)
+    assert classifier.config is classifier.model.config and classifier.device.type == "cpu"
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = classifier.no_such_thing
+
+
+def test_a_pipeline_runs_on_the_engine(classifier) -> None:
+    before = classifier.stats().inferences
+    texts = ["good film", "bad bad film"]
+    got = transformers.pipeline("text-classification", model=classifier, tokenizer=tokenizer())(texts)
+    want = transformers.pipeline("text-classification", model=classifier.model, tokenizer=tokenizer())(texts)
+    assert classifier.stats().inferences == before + 2
+    assert [answer["score"] for answer in got] == pytest.approx([answer["score"] for answer in want], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"input_ids": ids(1, 40), "attention_mask": torch.ones(1, 40, dtype=torch.int64)}, "40"),
+        ({"input_ids": ids(1, 6).float(), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}, "scalar type"),
+    ],
+    ids=["longer than the positions", "ids that are no whole numbers"],
+)
+def test_wrong_calls_are_refused_and_harm_nothing(classifier, call: dict, reason: str) -> None:
+    with pytest.raises((InputError, TypeError), match=reason):
+        classifier(**call)
+    good = {"input_ids": ids(1, 6), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
+    assert torch.allclose(classifier(**good).logits, classifier.model(**good).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["cache", "beams", "no cache"])
+def test_generate_at_level_0_gives_the_models_own_tokens(decoder, options: dict) -> None:
+    prompt = ids(2, 6, seed=3)
+    settings = {"max_new_tokens": 3, "do_sample": False, **options}
+    assert torch.equal(decoder.generate(prompt, **settings), decoder.model.generate(prompt, **settings))
+
+
+def test_decoding_runs_gated_mlps_on_the_engine(decoder, monkeypatch) -> None:
+    dm = copy.deepcopy(decoder)
+    dm.level = 1.0
+    modules, forwards = list(dm.model._modules), [vars(module).get("forward") for module in dm.model.modules()]
+    tokens = []
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    on_engine = dm.generate(ids(2, 6), **settings)
+    assert dm._islands.paths == ("model.layers.0.mlp", "model.layers.1.mlp")
+    monkeypatch.setattr(Islands, "run", lambda self, call, level: tokens.append(level) or call())
+    in_pytorch = dm.generate(ids(2, 6), **settings)
+    assert tokens == [1.0, 1.0, 1.0]
+    for one, other, whole in zip(on_engine.logits, in_pytorch.logits, dm.model.generate(ids(2, 6), **settings).logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+        assert not torch.allclose(one, whole, atol=1e-3), "nothing was skipped"
+    assert list(dm.model._modules) == modules, "the user's model was changed"
+    assert [vars(module).get("forward") for module in dm.model.modules()] == forwards
+
+
+def test_a_cache_that_comes_back_runs_in_pytorch_and_says_so(decoder) -> None:
+    dm = copy.deepcopy(decoder)
+    with pytest.warns(RuntimeWarning, match="run in PyTorch"):
+        got = dm(ids(2, 6))
+    want = dm.model(ids(2, 6))
+    assert torch.allclose(got.logits, want.logits, atol=1e-6)
+    assert got.past_key_values.get_seq_length() == 6
+    assert torch.equal(dm(ids(2, 6)).logits, got.logits)
+
+
+def test_a_model_without_generate_has_none() -> None:
+    dm = DynamicModel(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), torch.randn(1, 3, 8, 8))
+    assert not hasattr(dm, "generate")
