@@ -15,11 +15,16 @@ _SCHEMAS = (
 _library = torch.library.Library("torchvision", "FRAGMENT")  # declarations live as long as this object
 
 
-def torchvision_model(name: str) -> nn.Module:
-    """Returns an untrained torchvision model in eval mode with batch norms that are no identity; skips the test without torchvision."""
+def declare_operations() -> None:
+    """Declares torchvision's compiled operations where they are missing, so that it can be imported."""
     for schema in _SCHEMAS:
         if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
             _library.define(schema)
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """Returns an untrained torchvision model in eval mode with batch norms that are no identity; skips the test without torchvision."""
+    declare_operations()
     models = pytest.importorskip("torchvision.models")
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     torch.manual_seed(0)

@@ -100,7 +100,7 @@ void Plan::check_sites(const StepSpec& step) const {
   };
   if (step.op == "torch" || step.op == "gate") return;
   if (step.in_site >= 0) {
-    const size_t following = step.op == "conv" ? std::min<size_t>(1, step.inputs.size()) : step.inputs.size();
+    const size_t following = step.op == "conv" || step.op == "attention" ? std::min<size_t>(1, step.inputs.size()) : step.inputs.size();
     for (size_t i = 0; i < following; ++i) check("an input", step.inputs[i], step.in_site, i > 0 || step.op == "linear");
   }
   if (step.out_site >= 0) check("the output", step.output, step.out_site, false);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from dynprune.runtime.plan import Rows, TorchCall, Value, View
 
 MAX_COPY_RANK = 6
 _MIXING = frozenset({"conv", "linear"})  # rows of the output do not follow those of the input
-_ROWWISE = frozenset({"depthwise", "pool", "adaptive_pool", "mean", "unary", "affine", "binary"})
+_ROWWISE = frozenset({"depthwise", "pool", "adaptive_pool", "mean", "unary", "affine", "binary", "resample"})
 _FOLDING = frozenset({"conv", "linear", "depthwise", "affine"})
 _TOKEN_OPS = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "baddbmm"})
 
@@ -45,6 +45,7 @@ class Draft:
         self.values: dict[Node, DraftValue] = {}
         self.steps: list[DraftStep] = []
         self.buffers: list[DraftBuffer] = []
+        self.indices: dict[Node, View] = {}  # inputs of int64; sizes and strides count numbers
         self.dropped: dict[int, str] = {}
         self._results: set[str] = set()
         self._hosts = _concat_hosts(graph)
@@ -111,6 +112,28 @@ class Draft:
         """Returns `engine(node)`, or, where the batch shares a dimension with a neighbour, the value with the two apart."""
         value = self.values.get(node) if isinstance(node, Node) else None
         return value.base if isinstance(value, MergedValue) else self.engine(node)
+
+    def shared_dimension(self, nodes: Sequence[Node]) -> int | None:
+        """Returns the `MergedValue.first` that all the nodes have, or None where none has one."""
+        found = {value.first if isinstance(value := self.values.get(node), MergedValue) else None for node in nodes}
+        if len(found) != 1:
+            raise NotOnEngine("a batch that shares a dimension in one operand only")
+        return found.pop()
+
+    def along(self, node: Node, dim: int) -> tuple[EngineValue, int | None, int | None]:
+        """Returns `apart(node)`, which per-sample dimension of it `dim` is (None for the batch), and `MergedValue.first` or None.
+
+        Raises NotOnEngine where `dim` is the one that the batch shares.
+        """
+        value, known = self.apart(node), self.values[node]
+        first = known.first if isinstance(known, MergedValue) else None
+        dim %= len(value.view.sizes) + 1 - (first is not None)
+        if first is not None:
+            if dim == first:
+                raise NotOnEngine("the dimension that the batch shares")
+            dim += dim > first
+        batch = value.view.batch_dim
+        return value, None if dim == batch else dim - (dim > batch), first
 
     @contextmanager
     def parted(self, node: Node) -> Iterator[int | None]:
@@ -316,6 +339,12 @@ class Draft:
         self.drop(self.site_of(node), f"PyTorch runs '{node.name}' ({node.op}) in the middle of it")
         args, kwargs = pytree.tree_map(lambda item: self.torch_argument(item) if isinstance(item, Node) else item, (node.args, node.kwargs))
         return self._call_torch(node, [node.name], TorchCall(node.target, args, kwargs, node.name))
+
+    def called(self, node: Node, function: Callable, name: str) -> EngineValue:
+        """Returns what PyTorch makes of a node's value by a function that keeps its sizes, in the engine's memory."""
+        value = self._call_torch(node, [name], TorchCall(function, (self.torch_argument(node),), {}, name))
+        value.step.store = self.new_view(node, self.sizes(node))
+        return EngineValue(value.step.store)
 
     def _call_torch(self, node: Node, computed: list[str], call: TorchCall) -> TorchValue:
         step = DraftStep("torch", node.module_path or node.name, branches=self.branches_of(node), nodes=computed, call=call)

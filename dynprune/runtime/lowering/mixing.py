@@ -3,7 +3,7 @@
 | ATen | becomes |
 | --- | --- |
 | conv2d, conv1d | conv; depthwise; linear where the result is one position and the kernel covers its whole input |
-| linear, and addmm, mm, matmul with a constant matrix | linear (one position per sample), else a 1x1 conv over the tokens |
+| linear, and addmm, mm, matmul (`products.py`) with a constant matrix | linear (one position per sample), else a 1x1 conv over the tokens |
 | batch_norm | folded into the weights of the convolution or linear before it, else affine |
 """
 
@@ -86,7 +86,7 @@ def linear(draft: Draft, node: Node) -> EngineValue:
     return _features(draft, node, node.args[0], *_weight_and_bias(draft, node))
 
 
-@lowers("addmm", "mm", "matmul", positionless=True)
+@lowers("addmm", positionless=True)
 def matrix_product(draft: Draft, node: Node) -> EngineValue:
     source, factor = node.args[1:3] if node.op == "addmm" else node.args[:2]
     weight, bias = draft.constant(factor), draft.constant(node.args[0]) if node.op == "addmm" else None
