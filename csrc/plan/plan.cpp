@@ -94,6 +94,7 @@ void Plan::check_sites(const StepSpec& step) const {
     const auto repeat = step.ints.find("repeat");
     const int64_t features = repeat != step.ints.end() && !repeat->second.empty() ? repeat->second[0] : 1;
     if (rows.rows == channels || (may_repeat && (rows.rows == 1 || rows.row_stride == 0))) return;
+    if (step.op == "attention" && rows.rows > 0 && rows.rows % channels == 0) return;
     if (step.op == "linear" && may_repeat && rows.rows * rows.positions == channels * features) return;
     fail("step '" + step.name + "' (" + step.op + "): " + what + " has " + std::to_string(rows.rows) + " rows, its site " +
          std::to_string(channels) + " channels.");

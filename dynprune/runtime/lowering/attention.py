@@ -35,8 +35,8 @@ def scaled_dot_product_attention(draft: Draft, node: Node) -> EngineValue | Merg
         raise NotOnEngine("leading dimensions that differ")
     if arguments["dropout_p"]:
         raise NotOnEngine("dropout")
-    heads, key_heads = math.prod(query[:-2]), math.prod(key[:-2])
-    if heads % key_heads or (heads != key_heads and (len(query) != 3 or not arguments.get("enable_gqa"))):
+    outer, heads, key_heads = math.prod(query[:-3]), math.prod(query[-3:-2]), math.prod(key[-3:-2])
+    if heads % key_heads or (heads != key_heads and not arguments.get("enable_gqa")):
         raise NotOnEngine("fewer heads in the keys")
     reads = [_planar_heads(draft, operand) for operand in operands]
     mask, constants = _mask(draft, node, first, reads[0][1].view, query, key[-2]), {}
@@ -48,7 +48,7 @@ def scaled_dot_product_attention(draft: Draft, node: Node) -> EngineValue | Merg
     lead = tuple(range(tokens))
     view = draft.new_view(node, (*query[:-1], value[-1]), (*lead, features, tokens), reads[0][1].view.batch_dim)
     scale = arguments.get("scale")
-    ints = {"heads": [heads], "causal": [int(bool(arguments["is_causal"]))]}
+    ints = {"outer": [outer], "heads": [heads], "causal": [int(bool(arguments["is_causal"]))]}
     if key_heads != heads:
         ints["key_heads"] = [key_heads]
     floats = {"scale": [1 / math.sqrt(query[-1]) if scale is None else float(scale)]}
@@ -119,5 +119,6 @@ def _constant_mask(mask: Tensor, first: int | None, batch_dim: int, lead: tuple[
     if mask.shape[batch_dim] != 1:
         raise NotOnEngine("a mask with a batch of its own")
     mask = mask.squeeze(batch_dim)
-    heads = lead if any(n != 1 for n in mask.shape[:-2]) else (1,) * len(lead)
-    return as_array(mask.expand(*heads, queries, keys).transpose(-1, -2).reshape(-1, queries))
+    distinct = next((d for d, n in enumerate(mask.shape[:-2]) if n != 1), len(lead))  # from here on heads have masks of their own
+    mask = mask.expand(*(1,) * distinct, *lead[distinct:], queries, keys)
+    return as_array(mask.transpose(-1, -2).reshape(-1, queries))

@@ -169,8 +169,9 @@ def split(draft: Draft, node: Node) -> ListValue:
 
 
 def _several(draft: Draft, node: Node, x: EngineValue, parts: list[View], first: int | None) -> ListValue:
-    draft.drop(x.site, f"'{node.name}' splits its channels")
-    return ListValue(tuple(merged(EngineValue(part), first) for part in parts))
+    if x.site != draft.site_of(node):
+        draft.drop(x.site, f"'{node.name}' splits its channels")
+    return ListValue(tuple(merged(EngineValue(part, draft.site_of(node)), first) for part in parts))
 
 
 @lowers("getitem")
@@ -179,12 +180,7 @@ def getitem(draft: Draft, node: Node) -> EngineValue | MergedValue | ConstantVal
     value = draft.values[source] if isinstance(source, Node) else None
     if not isinstance(value, ListValue) or not isinstance(index, int) or value.items[index] is None:
         raise NotOnEngine("a result that the engine does not compute")
-    item = value.items[index]
-    return (
-        replace(item, step=item.step if draft.uses[node] == 1 else None, site=draft.site_of(node))
-        if isinstance(item, EngineValue)
-        else item
-    )
+    return value.items[index]
 
 
 @lowers("expand", "expand_as", "broadcast_to")
@@ -231,6 +227,10 @@ def _is_padding_of_convolutions(draft: Draft, node: Node, borders: list[tuple[in
     return is_plane and only_convs and not isinstance(draft.values[node.args[0]], PaddedValue)
 
 
+def _are_heads(draft: Draft, sites: set[int]) -> bool:
+    return all(site >= 0 and draft.sites[site].is_heads for site in sites)
+
+
 @lowers("cat", "concat", "concatenate")
 def cat(draft: Draft, node: Node) -> EngineValue:
     operands = list(node.args[0])
@@ -239,7 +239,8 @@ def cat(draft: Draft, node: Node) -> EngineValue:
     values = [draft.engine(operand) for operand in operands if isinstance(operand, Node)]
     if dim is None or len(values) != len(operands) or any(value.view.batch_dim for value in values):
         raise NotOnEngine("not along one dimension of each sample")
-    for site in {draft.site_of(node), *(value.site for value in values)}:
+    sites = {draft.site_of(node), *(value.site for value in values)}
+    for site in sites if len(sites) > 1 or not _are_heads(draft, sites) else ():
         draft.drop(site, f"'{node.name}' concatenates it with other channels")
     largest = max(values, key=lambda value: views.numel(value.view)).view
     if views.as_rows(largest, dim):
