@@ -27,6 +27,9 @@ constexpr Factory kFactories[] = {
     {"layer_norm", make_layer_norm},
     {"softmax", make_softmax},
     {"attention", make_attention},
+    {"matmul", make_matmul},
+    {"embedding", make_embedding},
+    {"resample", make_resample},
     {"copy", make_copy},
     {"fill", make_fill},
 };

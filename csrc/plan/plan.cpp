@@ -94,13 +94,14 @@ void Plan::check_sites(const StepSpec& step) const {
     const auto repeat = step.ints.find("repeat");
     const int64_t features = repeat != step.ints.end() && !repeat->second.empty() ? repeat->second[0] : 1;
     if (rows.rows == channels || (may_repeat && (rows.rows == 1 || rows.row_stride == 0))) return;
+    if (step.op == "attention" && rows.rows > 0 && rows.rows % channels == 0) return;
     if (step.op == "linear" && may_repeat && rows.rows * rows.positions == channels * features) return;
     fail("step '" + step.name + "' (" + step.op + "): " + what + " has " + std::to_string(rows.rows) + " rows, its site " +
          std::to_string(channels) + " channels.");
   };
   if (step.op == "torch" || step.op == "gate") return;
   if (step.in_site >= 0) {
-    const size_t following = step.op == "conv" ? std::min<size_t>(1, step.inputs.size()) : step.inputs.size();
+    const size_t following = step.op == "conv" || step.op == "attention" ? std::min<size_t>(1, step.inputs.size()) : step.inputs.size();
     for (size_t i = 0; i < following; ++i) check("an input", step.inputs[i], step.in_site, i > 0 || step.op == "linear");
   }
   if (step.out_site >= 0) check("the output", step.output, step.out_site, false);

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.errors import InputError
-from dynprune.gates.compensation import column_norms, compensation_matrix
+from dynprune.gates.compensation import column_norms, compensation_matrix, weight_matrix
 from dynprune.gates.heads import MAX_RANK, BranchGate, ChannelGate, Gate, gate_key
 from dynprune.gates.hooks import Hooks, Visitor, along, pool
 from dynprune.graph.capture import Graph
@@ -121,7 +121,8 @@ class Masking(Visitor):
         gate = self.attachment.gate(site.name)
         if site.name not in self.masks or not gate.compensated[index]:
             return y
-        matrix = compensation_matrix(module.weight, gate.channel_means[index], getattr(module, "groups", 1))
+        weight = weight_matrix(module, site.consumers[index].transposed)
+        matrix = compensation_matrix(weight, gate.channel_means[index], getattr(module, "groups", 1))
         inactive = 1 - self.masks[site.name].repeat_interleave(site.group_size, 1)
         return y + along((inactive @ matrix.T).to(y.dtype), channel_dim, y.dim())
 
@@ -139,10 +140,13 @@ def make_gate(model: nn.Module, site: Site) -> Gate:
     """
     if site.kind == "branch":
         return BranchGate(site.gate_channels)
-    weights = [model.get_submodule(path).weight.detach() for path in site.producers]
-    rows = sum(w.reshape(site.num_channels, -1).square().sum(1) for w in weights if w.shape[0] == site.num_channels)
-    readers = [model.get_submodule(consumer.module_path) for consumer in site.consumers]
-    columns = sum(column_norms(m.weight.detach(), site.num_channels, getattr(m, "groups", 1)).square() for m in readers)
+    rows = sum(
+        weight_matrix(model.get_submodule(path), transposed)[first : first + site.num_channels].flatten(1).square().sum(1)
+        for path, firsts, transposed in zip(site.producers, site.first_rows, site.transposed, strict=True)
+        for first in firsts
+    )
+    readers = [(model.get_submodule(consumer.module_path), consumer.transposed) for consumer in site.consumers]
+    columns = sum(column_norms(weight_matrix(m, flip), site.num_channels, getattr(m, "groups", 1)).square() for m, flip in readers)
     score = (rows * columns).reshape(site.num_groups, -1).sum(1).sqrt()
     affordable = int(GATE_COST * site.macs / (site.gate_channels + site.num_groups))
     return ChannelGate(

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def weight_matrix(module: nn.Module, transposed: bool) -> Tensor:
+    """Returns a module's weight as (out_channels, in_channels / groups, ...), without history; `transposed` says that it is (in, out)."""
+    weight = module.weight.detach()
+    return weight.T if transposed else weight
 
 
 def compensation_matrix(weight: Tensor, means: Tensor, groups: int = 1) -> Tensor:

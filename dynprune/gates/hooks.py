@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
 
 from dynprune.graph.capture import Graph, Node
 from dynprune.graph.sites import Site, Ungated
@@ -69,10 +70,11 @@ class Hooks:
         modules again after the call, without hooks: do not combine the two.
         """
         handles = []
+        batch = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
         with self._lock:
             try:
                 for path, role in self._roles.items():
-                    handles += role.install(self.model.get_submodule(path), visitor)
+                    handles += role.install(self.model.get_submodule(path), visitor, batch)
                 return self.model(*args, **(kwargs or {}))
             finally:
                 for handle in handles:
@@ -108,26 +110,35 @@ class _Role:
     masks_output: list[Site] = field(default_factory=list)
     gates_by_output: list[tuple[Site, int]] = field(default_factory=list)
 
-    def install(self, module: nn.Module, visitor: Visitor) -> list:
-        """Returns the handles of the hooks that this role needs on `module`."""
+    def install(self, module: nn.Module, visitor: Visitor, batch: int) -> list:
+        """Returns the handles of the hooks that this role needs on `module`.
+
+        What a visitor sees has one sample per index of dimension 0: a value that begins with the batch, as (batch * windows) does, is
+        shown with the two apart.
+        """
 
         def before(_, args, kwargs):
-            x, put_back = _first_tensor(args, kwargs)
-            seen = x
+            value, put_back = _first_tensor(args, kwargs)
+            seen = x = _apart(value, batch)
             for site, index, dim in self.consumes:
-                x = visitor.consumer_input(site, index, x, dim)
+                x = visitor.consumer_input(site, index, x, _dim_of(dim, value, x))
             for site, dim in self.gates_by_input:
-                visitor.gate_input(site, x, dim)
-            return None if x is seen else put_back(x)
+                visitor.gate_input(site, x, _dim_of(dim, value, x))
+            return None if x is seen else put_back(x.reshape(value.shape))
 
-        def after(module, _, y):
+        def after(module, _, result):
+            value = result if isinstance(result, Tensor) else result[0]
+            seen = y = _apart(value, batch)
             for site, index, dim in self.consumes:
-                y = visitor.consumer_output(site, index, module, y, dim)
+                y = visitor.consumer_output(site, index, module, y, _dim_of(dim, value, y))
             for site in self.masks_output:
                 y = visitor.branch_output(site, y)
             for site, dim in self.gates_by_output:
-                visitor.gate_input(site, y, dim)
-            return y
+                visitor.gate_input(site, y, _dim_of(dim, value, y))
+            if y is seen:
+                return result
+            y = y.reshape(value.shape)
+            return y if isinstance(result, Tensor) else (y, *result[1:])
 
         handles = []
         if self.consumes or self.gates_by_input:
@@ -192,12 +203,22 @@ def along(values: Tensor, channel_dim: int, dims: int) -> Tensor:
 
 def _channel_dim(module: nn.Module, shape: tuple[int | None, ...] = (), channels: int = 0) -> int:
     """Returns 1 or -1; `shape` and `channels` of the value decide where the module's type does not."""
-    if isinstance(module, nn.Linear | nn.LayerNorm):
+    if isinstance(module, nn.Linear | nn.LayerNorm) or type(module).__name__ == "Conv1D":  # of transformers: a linear layer
         return -1
     if isinstance(module, _ConvNd | _NormBase) or len(shape) < 3:
         return 1
     first, last = shape[1] == channels, shape[-1] == channels
     return -1 if last and (not first or len(shape) == 3) else 1
+
+
+def _apart(value: Tensor, batch: int) -> Tensor:
+    """Returns a view of the value with the batch as dimension 0, where it shares that with others."""
+    return value if value.shape[0] == batch or value.shape[0] % batch else value.unflatten(0, (batch, -1))
+
+
+def _dim_of(dim: int, value: Tensor, x: Tensor) -> int:
+    """Returns where the dimension of `value` is in `x`, which `_apart` made of it."""
+    return dim if dim < 0 else dim + x.dim() - value.dim()
 
 
 def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict]]]:

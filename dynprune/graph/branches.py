@@ -19,7 +19,7 @@ class Branch:
         add: the addition.
         x: the value from outside that the branch reads and the other operand is, or is computed from. The branch may read others
             too, such as an attention mask.
-        nodes: every node that runs for the branch alone, in execution order.
+        nodes: every node that runs for the branch alone and after x, in execution order.
         mask_output: path of the module whose output the branch's value is a multiple of, or "" if there is none.
     """
 
@@ -44,8 +44,9 @@ def find_branches(graph: Graph, macs: dict[str, int]) -> tuple[list[Branch], lis
             continue
         x = _shared_source(_sources(sides[side]), add.inputs[1 - side], order)
         if x is not None:
-            nodes = tuple(sorted(sides[side], key=order.__getitem__))
-            branches.append(Branch(add, x, nodes, _mask_output(add.inputs[side], add, sides[side], graph)))
+            inside = {node for node in sides[side] if order[node] > order[x]}
+            nodes = tuple(sorted(inside, key=order.__getitem__))
+            branches.append(Branch(add, x, nodes, _mask_output(add.inputs[side], add, inside, graph)))
         else:
             refused.append(add)
     return branches, refused

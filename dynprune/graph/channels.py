@@ -15,7 +15,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from dynprune.graph.capture import BATCH, Graph, Node
+from dynprune.graph import headwise
+from dynprune.graph.batch import batch_places, leads_with_batch
+from dynprune.graph.capture import Graph, Node
+from dynprune.graph.headwise import Layout
 
 UNARY = frozenset({
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh",
@@ -34,15 +37,6 @@ MIXING = frozenset({"conv1d", "conv2d", "linear"})
 _STREAM = "its channels are added to those of another branch; a residual stream stays dense"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a value holds the channels of a space: feature `c * repeat + i` (i < repeat) of dimension `dim` is channel c."""
-
-    space: int
-    dim: int
-    repeat: int = 1
-
-
 @dataclass
 class Space:
     """One channel space.
@@ -53,6 +47,8 @@ class Space:
         consumers: (node, repeat) of the convs and linears that mix its channels, in execution order.
         members: every node whose value lies in it, producers included.
         blocked: why its channels cannot be left out; empty when they can.
+        head_size: channels that can only be left out together; 1 where each can alone.
+        first_rows: for a producer, the output rows that are channel 0: several where it makes several values of one space, (0,) otherwise.
     """
 
     size: int
@@ -60,6 +56,8 @@ class Space:
     consumers: list[tuple[Node, int]] = field(default_factory=list)
     members: list[Node] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)
+    head_size: int = 1
+    first_rows: dict[Node, tuple[int, ...]] = field(default_factory=dict)
 
 
 class ChannelTrace:
@@ -73,13 +71,14 @@ class ChannelTrace:
         self._parent: list[int] = []
         self._spaces: list[Space] = []
         self._layouts: dict[Node, Layout] = {}
+        places = batch_places(graph)
         for node in graph.nodes:
             layout = self._visit(node)
             if layout is None:
                 continue
             self._layouts[node] = layout
             self._space(layout).members.append(node)
-            if node.shape[0] != BATCH:
+            if node.shape is not None and not layout.is_apart and not leads_with_batch(node, places):
                 self._block(layout, f"'{node.name}' has no batch dimension in front")
         for node in graph.outputs:
             if isinstance(node, Node):
@@ -94,7 +93,7 @@ class ChannelTrace:
         pending, seen = [node], set()
         for value in pending:
             layout = self._layouts.get(value)
-            if layout is not None and layout.repeat == 1:
+            if layout is not None and layout.repeat == 1 and not layout.is_apart:
                 return layout.dim
             for user in value.users:
                 if user.op in ("conv1d", "conv2d", "batch_norm"):
@@ -129,6 +128,9 @@ class ChannelTrace:
         kept.consumers += joined.consumers
         kept.members += joined.members
         kept.blocked += joined.blocked
+        kept.first_rows |= joined.first_rows
+        if kept.size != joined.size or kept.head_size != joined.head_size:
+            kept.blocked.append("it is combined with channels in other groups")
 
     def _block(self, layout: Layout | None, reason: str) -> None:
         if layout is not None:
@@ -141,6 +143,10 @@ class ChannelTrace:
         known = [self._layouts[value] for value in node.inputs if value in self._layouts]
         if not known or node.op.startswith("sym_"):
             return None
+        if node.op == "getitem" and not known[0].is_apart:
+            return known[0]
+        if any(layout.is_apart for layout in known) or node.op in ("chunk", "split", "split_with_sizes"):
+            return self._visit_heads(node, known)
         if node.op in BINARY and "rounding_mode" not in node.kwargs:
             return self._binary(node)
         if node.op in PER_CHANNEL and len(known) == 1 and node.shape is not None and node.args[0] in self._layouts:
@@ -169,7 +175,93 @@ class ChannelTrace:
                 self._block(layout, f"'{node.name}' mixes it along another dimension")
         made = self._new(node, dim)
         self._space(made).producers.append(node)
+        self._space(made).first_rows[node] = (0,)
         return made
+
+    def _visit_heads(self, node: Node, known: list[Layout]) -> Layout | None:
+        """Returns the layout of what is computed from values whose channels stand in heads or parts."""
+        layout, operands = None, [value for value in node.inputs if value in self._layouts]
+        if node.op == "scaled_dot_product_attention":
+            layout = self._attend(node)
+        elif node.op in ("matmul", "bmm") and len(operands) == 2:
+            layout = headwise.product(node, operands[0], known[0], operands[1], known[1])
+            if layout is not None:
+                self._join(*known)
+        elif node.op == "cat" and len({self._find(one.space) for one in known}) == 1:
+            layout = headwise.concatenated(node, [self._layouts.get(value) for value in node.args[0]])
+        elif node.op in ("chunk", "split", "split_with_sizes") and not known[0].is_apart:
+            layout = self._in_parts(node, operands[0], known[0])
+        elif node.op in MOVES - {"permute", "transpose", "unsqueeze"}:
+            layout = _joined(operands[0].shape, node.shape, known[0], self._space(known[0]))
+        elif len(operands) == 1:
+            layout = headwise.hand_on(node, operands[0], known[0], operands[0].shape)
+        elif node.op in BINARY and len({self._find(one.space) for one in known}) == 1 and known[0].dim == known[1].dim:
+            same = operands[0].shape == operands[1].shape == node.shape and None not in (known[0].inner, known[1].inner)
+            layout = known[0] if same else None
+        if layout is None:
+            for one in known:
+                self._block(one, _why_blocked(node))
+        return layout
+
+    def _attend(self, node: Node) -> Layout | None:
+        """Attention: the heads of the queries are those of the result; keys and values belong to them where they have the same heads."""
+        a = node.arguments
+        query, key, value = (self._layouts.get(a[name]) for name in ("query", "key", "value"))
+        rank = len(node.shape)
+        if query is None or (query.dim, query.inner) != (rank - 3, rank - 1) or query.parts is not None:
+            return None
+        if isinstance(a["attn_mask"], Node) and a["attn_mask"] in self._layouts:
+            return None
+        for other, source in ((key, a["key"]), (value, a["value"])):
+            if other is not None and (other.dim, other.inner) == (rank - 3, rank - 1) and source.shape[other.dim] == node.shape[query.dim]:
+                self._join(query, other)
+            else:
+                self._block(other, "several heads of queries share its heads")
+        return query
+
+    def _in_parts(self, node: Node, x: Node, layout: Layout) -> Layout | None:
+        """A linear layer whose output is split into equal parts: channel c of each part is channel c of one new space."""
+        space, size = self._space(layout), node.args[1]
+        pieces = size if isinstance(size, list | tuple) else None
+        if pieces is None and isinstance(size, int):
+            count = size if node.op == "chunk" else -(-x.shape[layout.dim] // size)
+        elif pieces is not None and len(set(pieces)) == 1:
+            count = len(pieces)
+        else:
+            return None
+        along = node.arguments["dim"] % len(x.shape) == layout.dim
+        if not along or layout.repeat != 1 or not self._divide(space, x, count):
+            return None
+        return layout
+
+    def _divide(self, space: Space, x: Node, count: int) -> bool:
+        """Makes a space that one linear layer produces, and only `x` leaves, one of `count` times fewer channels."""
+        alone = [producer.op for producer in space.producers] == ["linear"] and not space.consumers and len(space.first_rows) == 1
+        chain = all(len(member.users) == 1 for member in space.members)
+        if not alone or not chain or space.size % count or space.head_size != 1 or space.first_rows[space.producers[0]] != (0,):
+            return False
+        space.size //= count
+        space.first_rows = {space.producers[0]: tuple(range(0, space.size * count, space.size))}
+        return True
+
+    def _split_heads(self, node: Node, x: Node, layout: Layout) -> Layout | None:
+        """A reshape that splits the channels into heads, or into parts of heads; None where it is none."""
+        rank = len(x.shape)
+        before, after = x.shape[layout.dim + 1 :], node.shape
+        extra = len(after) - rank
+        dims = after[layout.dim : layout.dim + extra + 1]
+        fits = extra in (1, 2) and after[: layout.dim] == x.shape[: layout.dim] and after[layout.dim + extra + 1 :] == before
+        if not fits or layout.repeat != 1 or None in dims or math.prod(dims) != x.shape[layout.dim]:
+            return None
+        space = self._space(layout)
+        if space.head_size not in (1, dims[-1]):
+            return None
+        if extra == 2 and not self._divide(space, x, dims[0]):
+            return None
+        if space.size != dims[-2] * dims[-1]:
+            return None
+        space.head_size = dims[-1]
+        return Layout(layout.space, layout.dim + extra - 1, 1, layout.dim + extra, layout.dim if extra == 2 else None)
 
     def _binary(self, node: Node) -> Layout | None:
         a, b = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
@@ -195,7 +287,7 @@ class ChannelTrace:
             plain = all(value is x or not value.varies for value in node.inputs) and node.arguments.get("exponent", 2) == 2
             return layout if plain else None
         if node.op in MOVES:
-            return _moved(node, x, layout)
+            return _moved(node, x, layout) or self._split_heads(node, x, layout)
         if layout.repeat != 1:
             return None
         if node.op == "batch_norm":
@@ -208,7 +300,23 @@ class ChannelTrace:
         return layout if node.op in PADDING and _pads_for_conv(node, layout) else None
 
 
+def _joined(before: tuple[int | None, ...], after: tuple[int | None, ...] | None, layout: Layout, space: Space) -> Layout | None:
+    """Returns the layout after a reshape that joins heads and their features to channels again, or only renames other dimensions."""
+    if after is None or layout.parts is not None or layout.inner in (None, headwise.LOST):
+        return None
+    if layout.inner == layout.dim + 1 and before[layout.inner] == space.head_size:
+        lead, rest = before[: layout.dim], before[layout.inner + 1 :]
+        channels = before[layout.dim] * before[layout.inner]
+        if (*lead, channels, *rest) == tuple(after):
+            return Layout(layout.space, layout.dim)
+        if not rest and after[-1] == channels:  # tokens regrouped on the way
+            return Layout(layout.space, len(after) - 1)
+    return None
+
+
 def _why_blocked(node: Node) -> str:
+    if node.op in ("chunk", "split", "split_with_sizes"):
+        return f"'{node.name}' splits its channels"
     if node.op == "cat":
         return f"its channels are concatenated with others ('{node.name}')"
     if node.op in ("layer_norm", "group_norm", "softmax"):

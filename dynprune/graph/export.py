@@ -16,7 +16,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from dynprune.errors import InputError, UnsupportedModelError
-from dynprune.graph.functional import drop_no_ops, replace_in_place, restore_batch_norm
+from dynprune.graph.functional import drop_no_ops, replace_in_place, restore_batch_norm, restore_linear
 
 
 @contextmanager
@@ -35,11 +35,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def trial_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, list[type]]:
     """Runs the model on copies of the example and of its buffers; returns the type of each result of each module, by path.
 
+    A tuple of a tensor and Nones, as attention modules return, counts as a tensor.
+
     Raises:
         InputError: the model raised; the message carries its reason.
     """
     results: defaultdict[nn.Module, list[type]] = defaultdict(list)
-    hooks = [module.register_forward_hook(lambda module, _, y: results[module].append(type(y))) for module in model.modules()]
+    hooks = [module.register_forward_hook(lambda module, _, y: results[module].append(_type(y))) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     copies = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
@@ -53,6 +55,11 @@ def trial_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
             hook.remove()
     _register_dataclasses(result)
     return {path: results[module] for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _type(result: Any) -> type:
+    alone = type(result) is tuple and len(result) > 1 and all(other is None for other in result[1:])
+    return type(result[0]) if alone else type(result)
 
 
 def describe(values: Any) -> str:
@@ -113,6 +120,7 @@ def purify(exported: ExportedProgram) -> tuple[ExportedProgram, fx.Graph]:
     kinds = [spec.kind for spec in exported.graph_signature.output_specs]
     output.args = (tuple(value for value, kind in zip(output.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT),)
     drop_no_ops(graph)
+    restore_linear(graph)
     for node in graph.nodes:
         if node.name in written:
             raise UnsupportedModelError(

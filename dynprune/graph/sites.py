@@ -25,6 +25,8 @@ class Consumer:
     module_path: str
     node: str
     repeat: int = 1
+    transposed: bool = False
+    """Whether the module's weight is (in, out), as GPT-2's, rather than (out, in)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Site:
         mask_output: for a branch, path of the module whose output the hooked model multiplies by the mask; "" for channels.
         add_node: for a branch, the name of the addition; "" for channels.
         gate_dim: the dimension of `gate_input` that holds its channels, counted from the front with the batch as 0.
+        first_rows: for each of `producers`, the output rows that are channel 0; channel c owns row c after each of them. A fused layer of
+            queries, keys and values has three. Empty for a branch.
+        transposed: for each of `producers`, whether its weight is (in, out) rather than (out, in). Empty for a branch.
+        is_heads: whether a group is an attention head: `group_size` is then the features of one, whatever was asked for.
     """
 
     name: str
@@ -62,6 +68,9 @@ class Site:
     mask_output: str = ""
     add_node: str = ""
     gate_dim: int = 1
+    first_rows: tuple[tuple[int, ...], ...] = ()
+    transposed: tuple[bool, ...] = ()
+    is_heads: bool = False
 
     @property
     def num_groups(self) -> int:
@@ -159,27 +168,37 @@ def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], grou
                 name=first.module_path,
                 kind="channels",
                 num_channels=space.size,
-                group_size=group_size,
+                group_size=group_size if space.head_size == 1 else space.head_size,
                 producers=tuple(node.module_path for node in space.producers),
-                consumers=tuple(Consumer(node.module_path, node.name, repeat) for node, repeat in space.consumers),
+                consumers=tuple(
+                    Consumer(node.module_path, node.name, repeat, _is_transposed(node)) for node, repeat in space.consumers
+                ),
                 macs=gone,
                 macs_share=_share(gone, macs),
                 gate_input=gate_input.name,
                 gate_channels=gate_input.shape[gate_dim],
                 nodes=frozenset(node.name for node in space.members),
                 gate_dim=gate_dim,
+                first_rows=tuple(space.first_rows[node] for node in space.producers),
+                transposed=tuple(map(_is_transposed, space.producers)),
+                is_heads=space.head_size > 1,
             )
         )
     return sites, ungated
+
+
+def _is_transposed(node: Node) -> bool:
+    return node.arguments["weight"].op == "t"
 
 
 def _module_problem(node: Node, graph: Graph) -> str | None:
     """Returns why a module of the user cannot stand for this conv or linear; None if one can."""
     path, a = node.module_path, node.arguments
     name = repr(path or node.name)
-    if a["weight"].parameter_name != f"{path}.weight" or (a["bias"] is not None and a["bias"].op != "constant"):
+    weight = a["weight"].args[0] if _is_transposed(node) else a["weight"]
+    if weight.parameter_name != f"{path}.weight" or (a["bias"] is not None and a["bias"].op != "constant"):
         return f"{name} is a functional {node.op}, not a module with a weight of its own"
-    if len(a["weight"].users) > 1 or graph.call_counts.get(path) != 1:
+    if len(weight.users) > 1 or graph.call_counts.get(path) != 1:
         return f"{name} runs more than once in a call, or shares its weight"
     source = a["input"].args[0] if a["input"].op in PADDING else a["input"]
     if any(is_within(other.module_path, path) for other in (source, *node.users)):

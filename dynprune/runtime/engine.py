@@ -170,7 +170,7 @@ class Engine:
         tensors = {}
         for buffer, x in zip(self._buffer_of_input, inputs, strict=True):
             tensors[buffer] = x = x.contiguous()
-            workspace.bind(buffer, x.data_ptr(), x.numel() // batch, x)
+            workspace.bind(buffer, x.data_ptr(), x.numel() * (x.element_size() // 4 or 1) // batch, x)
         for view in self.plan.outputs:
             if isinstance(view, View):
                 tensors[view.buffer] = out = torch.empty((batch, *view.sizes))

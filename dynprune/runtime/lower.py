@@ -1,7 +1,7 @@
 """Lowers a captured graph and its sites to a plan: walks the nodes once, lays values out, puts gates where they stand, places the memory.
 
-What the engine runs is in the tables of `lowering/attention.py`, `elementwise.py`, `mixing.py`, `normalize.py`, `pooling.py` and
-`shapes.py`. Every other node - an operation not listed, another type than float32, sizes that depend on the batch, samples that are
+What the engine runs is in the tables of `lowering/attention.py`, `elementwise.py`, `mixing.py`, `normalize.py`, `pooling.py`,
+`products.py`, `resample.py`, `shapes.py` and `transposed.py`. Every other node - an operation not listed, another type than float32, sizes that depend on the batch, samples that are
 mixed - is run by PyTorch between the engine's steps, on the same memory.
 """
 
@@ -15,17 +15,18 @@ from torch.utils import _pytree as pytree
 
 from dynprune.graph.capture import BATCH, Graph, Node
 from dynprune.graph.sites import Sites
-from dynprune.runtime.lowering import attention, elementwise, mixing, normalize, pooling, shapes
+from dynprune.runtime.lowering import attention, elementwise, mixing, normalize, pooling, products, resample, shapes, transposed
 from dynprune.runtime.lowering.assemble import assemble, settle_outputs
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.gating import Gates, check_branches
 from dynprune.runtime.lowering.registry import HANDLERS, POSITIONLESS
+from dynprune.runtime.lowering.uniform import batch_uniform
 from dynprune.runtime.lowering.values import ConstantValue, DraftValue, EngineValue, MergedValue, NotOnEngine, TorchValue
 from dynprune.runtime.plan import Plan, View
 from dynprune.runtime.views import dense_strides
 
 _NEW_TENSORS = frozenset({"new_zeros", "new_ones", "new_full"})  # take from their argument no more than the dtype
-_TABLES = (attention, elementwise, mixing, normalize, pooling, shapes)  # importing them fills HANDLERS
+_TABLES = (attention, elementwise, mixing, normalize, pooling, products, resample, shapes, transposed)  # importing them fills HANDLERS
 
 
 def lower(graph: Graph, sites: Sites) -> Plan:
@@ -38,12 +39,13 @@ def lower(graph: Graph, sites: Sites) -> Plan:
         graph: a captured model. Where its batch size is not free, PyTorch runs every node and nothing is gated.
         sites: what `find_sites(graph)` found, or a part of it.
     """
-    kept, ungated = sites.sites, []
+    kept, ungated, uniform = sites.sites, [], batch_uniform(graph)
     if not graph.dynamic_batch:
         ungated = [(site.name, f"the model only takes a batch of {graph.batch_size}, so PyTorch runs it") for site in kept]
         kept = ()
     while True:
         draft = Draft(graph, kept, sites.node_macs)
+        draft.values.update(uniform)
         inputs = [_enter_input(draft, node) for node in graph.inputs]
         _walk(draft)
         outputs = settle_outputs(draft)
@@ -58,7 +60,10 @@ def _enter_input(draft: Draft, node: Node) -> View:
     """Gives an input of the model its buffer and its value, and returns where it lies."""
     has_batch = bool(node.shape) and node.shape[0] == BATCH
     sizes = node.shape[1:] if has_batch else node.shape
-    view = View(draft.new_buffer(node.name, prod(sizes), "input"), 0, sizes, dense_strides(sizes))
+    elements = prod(sizes) * (2 if node.dtype == torch.int64 else 1)  # of f32
+    view = View(draft.new_buffer(node.name, elements, "input"), 0, sizes, dense_strides(sizes))
+    if has_batch and node.dtype == torch.int64:
+        draft.indices[node] = view
     readable = has_batch and draft.graph.dynamic_batch and node.dtype == torch.float32
     draft.values[node] = EngineValue(view) if readable else TorchValue(None)
     return view
@@ -70,7 +75,7 @@ def _walk(draft: Draft) -> None:
     for node in draft.graph.nodes:
         if node.op == "constant":
             draft.values[node] = ConstantValue(node.tensor)
-        elif node.op != "input":
+        elif node.op != "input" and node not in draft.values:
             gates.before(node)
             draft.values[node] = _value_of(draft, node)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynprune.gates.attach import Attachment
-from dynprune.gates.compensation import column_norms
+from dynprune.gates.compensation import column_norms, weight_matrix
 from dynprune.gates.hooks import Visitor, pool
 from dynprune.graph.sites import Site
 from dynprune.training.samples import Chunk
@@ -206,7 +206,7 @@ class _Recorder(Visitor):
     def consumer_output(self, site: Site, index: int, module: torch.nn.Module, y: Tensor, channel_dim: int) -> Tensor:
         if site.name in self.records and len(self.records[site.name].consumers[index].sums) == 1:
             consumer, groups = self.records[site.name].consumers[index], getattr(module, "groups", 1)
-            weight = module.weight.detach().float()
+            weight = weight_matrix(module, site.consumers[index].transposed).float()
             consumer.norms = column_norms(weight, site.num_channels, groups)
             products = weight[0].numel() * groups / site.num_channels * y[0].numel() / y.shape[channel_dim]  # per channel and output
             consumer.can_compensate = products * COMPENSATION_COST >= 1

@@ -17,6 +17,9 @@ std::unique_ptr<Op> make_binary(StepSpec spec, const KernelTable& kernels, int n
 std::unique_ptr<Op> make_layer_norm(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_softmax(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_attention(StepSpec spec, const KernelTable& kernels, int num_threads);
+std::unique_ptr<Op> make_matmul(StepSpec spec, const KernelTable& kernels, int num_threads);
+std::unique_ptr<Op> make_embedding(StepSpec spec, const KernelTable& kernels, int num_threads);
+std::unique_ptr<Op> make_resample(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_copy(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_fill(StepSpec spec, const KernelTable& kernels, int num_threads);
 

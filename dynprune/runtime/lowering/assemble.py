@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -163,6 +164,19 @@ def _folded(step: DraftStep) -> dict[str, np.ndarray]:
     return step.constants | {factor: weight, offset: (bias * step.scale + step.shift).astype(np.float32)}
 
 
+def _macs_of_steps(draft: Draft, steps: list[DraftStep]) -> Iterator[int]:
+    """Yields the multiply-adds of each step; a node that several steps compute is shared out evenly among them."""
+    total = Counter(name for step in steps for name in step.nodes)
+    done: Counter[str] = Counter()
+    for step in steps:
+        macs = 0
+        for name in step.nodes:
+            whole, i, n = draft.node_macs.get(name, 0), done[name], total[name]
+            macs += whole * (i + 1) // n - whole * i // n
+            done[name] += 1
+        yield macs
+
+
 def assemble(draft: Draft, inputs: list[View], outputs: list[Any], fixed_batch: int | None, ungated: list[tuple[str, str]]) -> Plan:
     """Returns the plan of a draft in which every node has a value; `inputs` and `outputs` are where those of the model lie."""
     steps = _live_steps(draft, outputs)
@@ -175,6 +189,7 @@ def assemble(draft: Draft, inputs: list[View], outputs: list[Any], fixed_batch: 
         return replace(item, buffer=index[buffer], offset=offset)
 
     finished = []
+    macs = _macs_of_steps(draft, steps)
     for step, last_use in zip(steps, _last_uses(steps, outputs), strict=True):
         call = step.call
         if call is not None:
@@ -192,7 +207,7 @@ def assemble(draft: Draft, inputs: list[View], outputs: list[Any], fixed_batch: 
                 in_site=step.in_site,
                 out_site=step.out_site,
                 branches=tuple(sorted(step.branches)),
-                macs=sum(draft.node_macs.get(name, 0) for name in step.nodes),
+                macs=next(macs),
                 nodes=tuple(step.nodes),
                 torch_call=call,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from dynprune.runtime.plan import Rows, TorchCall, Value, View
 
 MAX_COPY_RANK = 6
 _MIXING = frozenset({"conv", "linear"})  # rows of the output do not follow those of the input
-_ROWWISE = frozenset({"depthwise", "pool", "adaptive_pool", "mean", "unary", "affine", "binary"})
+_ROWWISE = frozenset({"depthwise", "pool", "adaptive_pool", "mean", "unary", "affine", "binary", "resample"})
 _FOLDING = frozenset({"conv", "linear", "depthwise", "affine"})
 _TOKEN_OPS = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "baddbmm"})
 
@@ -45,6 +45,7 @@ class Draft:
         self.values: dict[Node, DraftValue] = {}
         self.steps: list[DraftStep] = []
         self.buffers: list[DraftBuffer] = []
+        self.indices: dict[Node, View] = {}  # inputs of int64; sizes and strides count numbers
         self.dropped: dict[int, str] = {}
         self._results: set[str] = set()
         self._hosts = _concat_hosts(graph)
@@ -111,6 +112,28 @@ class Draft:
         """Returns `engine(node)`, or, where the batch shares a dimension with a neighbour, the value with the two apart."""
         value = self.values.get(node) if isinstance(node, Node) else None
         return value.base if isinstance(value, MergedValue) else self.engine(node)
+
+    def shared_dimension(self, nodes: Sequence[Node]) -> int | None:
+        """Returns the `MergedValue.first` that all the nodes have, or None where none has one."""
+        found = {value.first if isinstance(value := self.values.get(node), MergedValue) else None for node in nodes}
+        if len(found) != 1:
+            raise NotOnEngine("a batch that shares a dimension in one operand only")
+        return found.pop()
+
+    def along(self, node: Node, dim: int) -> tuple[EngineValue, int | None, int | None]:
+        """Returns `apart(node)`, which per-sample dimension of it `dim` is (None for the batch), and `MergedValue.first` or None.
+
+        Raises NotOnEngine where `dim` is the one that the batch shares.
+        """
+        value, known = self.apart(node), self.values[node]
+        first = known.first if isinstance(known, MergedValue) else None
+        dim %= len(value.view.sizes) + 1 - (first is not None)
+        if first is not None:
+            if dim == first:
+                raise NotOnEngine("the dimension that the batch shares")
+            dim += dim > first
+        batch = value.view.batch_dim
+        return value, None if dim == batch else dim - (dim > batch), first
 
     @contextmanager
     def parted(self, node: Node) -> Iterator[int | None]:
@@ -180,9 +203,10 @@ class Draft:
     def planar(self, node: Node, row_dim: int) -> tuple[Rows, EngineValue]:
         """Returns the node's value as rows along `row_dim` by positions along the other dimensions in order; copies it if need be."""
         known = self.values[node]
+        known = known.base if isinstance(known, MergedValue) else known
         rank = len(known.view.sizes if isinstance(known, EngineValue) else node.shape[1:])
         order = (row_dim, *(d for d in range(rank) if d != row_dim))
-        value = self.engine(node, order)
+        value = known if isinstance(known, EngineValue) else self.engine(node, order)
         rows = views.as_rows(value.view, row_dim)
         if rows is None:
             value = self.relaid(node, order)
@@ -205,7 +229,8 @@ class Draft:
 
     def copy(self, node: Node, source: EngineValue, target: View) -> DraftStep:
         """Emits the step that writes `source` to `target`, a view of the same sizes."""
-        self.drop(source.site, f"'{node.name}' has to be brought into another order in memory")
+        if source.site >= 0 and not self.sites[source.site].is_heads:
+            self.drop(source.site, f"'{node.name}' has to be brought into another order in memory")
         sizes, (in_strides, out_strides) = views.simplified(target.sizes, source.view.strides, target.strides)
         ints = {"sizes": list(sizes), "in_strides": list(in_strides), "out_strides": list(out_strides)}
         return self._copy_step(node, [extent(source.view)], target, ints, {})
@@ -291,6 +316,11 @@ class Draft:
         if op in _MIXING:
             step.in_site = reads[0][1].site
             unfit = set()
+        elif op == "attention":
+            unfit = self._follow_heads(step, [value.site for _, value in reads])
+        elif self._treats_heads_alike(step):
+            unfit = {value.site for _, value in reads} - {-1, step.out_site}
+            step.out_site = -1
         elif op in _ROWWISE:
             step.in_site = step.out_site
             repeated = [rows.row_stride == 0 and rows.rows > 1 for rows, _ in reads]
@@ -302,20 +332,50 @@ class Draft:
             }
         else:
             unfit = {step.out_site, *(value.site for _, value in reads)}
-        if step.in_site >= 0 and step.inputs[0].rows != self.sites[step.in_site].num_channels * step.ints.get("repeat", [1])[0]:
+        attention = op == "attention"
+        if step.in_site >= 0 and not attention and step.inputs[0].rows != self.sites[step.in_site].num_channels * step.ints.get("repeat", [1])[0]:
             unfit.add(step.in_site)
-        if step.out_site >= 0 and output.rows != self.sites[step.out_site].num_channels:
+        if step.out_site >= 0 and not attention and output.rows != self.sites[step.out_site].num_channels:
             unfit.add(step.out_site)
         for site in unfit:
             self.drop(site, f"'{node.name}' ({op}) does not keep its channels apart")
         self.steps.append(step)
         return step
 
+    def _treats_heads_alike(self, step: DraftStep) -> bool:
+        """Whether a step inside a space of heads does the same to each, whatever head its rows belong to.
+
+        Its operands then hold the heads that run first and something behind them; it computes on both, and nobody reads the latter.
+        """
+        site = step.out_site
+        if site < 0 or not self.sites[site].is_heads:
+            return False
+        return step.op not in _ROWWISE or step.output.rows != self.sites[site].num_channels
+
+    def _follow_heads(self, step: DraftStep, sites: list[int]) -> set[int]:
+        """Makes an attention step follow the site of its heads; returns the sites that it cannot follow."""
+        site = step.out_site
+        query, keys, values = sites[:3]
+        if site >= 0 and query == site and keys == values and keys in (site, -1):
+            space = self.sites[site]
+            fits = space.is_heads and space.num_channels == step.ints["heads"][0] * space.group_size
+            if fits and step.inputs[0].rows == step.inputs[2].rows == step.ints["outer"][0] * space.num_channels:
+                step.in_site = site
+                step.ints["gated_keys"] = [int(keys == site)]
+                return set()
+        return {site, *sites}
+
     def torch_step(self, node: Node) -> TorchValue:
         """Adds a step in which PyTorch runs the node."""
         self.drop(self.site_of(node), f"PyTorch runs '{node.name}' ({node.op}) in the middle of it")
         args, kwargs = pytree.tree_map(lambda item: self.torch_argument(item) if isinstance(item, Node) else item, (node.args, node.kwargs))
         return self._call_torch(node, [node.name], TorchCall(node.target, args, kwargs, node.name))
+
+    def called(self, node: Node, function: Callable, name: str) -> EngineValue:
+        """Returns what PyTorch makes of a node's value by a function that keeps its sizes, in the engine's memory."""
+        value = self._call_torch(node, [name], TorchCall(function, (self.torch_argument(node),), {}, name))
+        value.step.store = self.new_view(node, self.sizes(node))
+        return EngineValue(value.step.store)
 
     def _call_torch(self, node: Node, computed: list[str], call: TorchCall) -> TorchValue:
         step = DraftStep("torch", node.module_path or node.name, branches=self.branches_of(node), nodes=computed, call=call)

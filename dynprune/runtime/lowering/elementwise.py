@@ -5,6 +5,7 @@
 | relu, relu6, hardtanh, clamp, hardswish, hardsigmoid, sigmoid, silu, gelu, tanh | activation of the step before, else unary |
 | leaky_relu, prelu (one slope), elu, softplus, mish, exp, log, sqrt, rsqrt, neg | the same |
 | abs, square, pow (2, 1/2, -1/2, -1), reciprocal, erf | the same |
+| pow (3), addcmul of constants | two binary steps; multiplication and addition of the constants |
 | add, sub, rsub, mul, div with a number or a constant per channel | folded into the weights before, else affine |
 | add of two values | residual of the convolution that wrote one of them, else binary |
 | add, sub, mul, div, maximum, minimum of two values or with any other constant | binary |
@@ -71,6 +72,8 @@ def _activation_of(draft: Draft, node: Node) -> tuple[str, float, float]:
             if arguments["beta"] == 1 and arguments["threshold"] == 20:
                 return "softplus", 0.0, 0.0
         case "pow":
+            if arguments.get("exponent") == 3:
+                return "cube", 0.0, 0.0
             if arguments.get("exponent") in _POWERS:
                 return _POWERS[arguments["exponent"]], 0.0, 0.0
     raise NotOnEngine("an activation, or parameters of one, without a kernel")
@@ -96,6 +99,8 @@ _PARAMETRIC = (
 @lowers(*_PLAIN, *_PARAMETRIC, positionless=True)
 def activate(draft: Draft, node: Node) -> EngineValue:
     kind, low, high = _activation_of(draft, node)
+    if kind == "cube":
+        return _cubed(draft, node)
     x = draft.engine(node.args[0])
     if kind == "none":
         return draft.viewed(node, x, x.view)
@@ -114,6 +119,25 @@ def activate(draft: Draft, node: Node) -> EngineValue:
     output = Rows(view.buffer, 0, rows.rows, rows.positions, rows.positions)
     step = draft.emit("unary", node, [(rows, x)], output, ints=ints, floats=floats)
     return draft.written(node, view, step)
+
+
+def _cubed(draft: Draft, node: Node) -> EngineValue:
+    x = draft.dense(node.args[0])
+    draft.values[node] = _binary(draft, node, x, node.args[0], "mul", False, None)
+    return _binary(draft, node, x, node, "mul", False, None)
+
+
+@lowers("addcmul", positionless=True)
+def addcmul(draft: Draft, node: Node) -> EngineValue:
+    addend, left, right = node.args[:3]
+    if node.arguments.get("value", 1) != 1:
+        raise NotOnEngine("a scaled product")
+    constants = [_constant_operand(draft, item) for item in (addend, left, right)]
+    source, factor = (right, constants[1]) if constants[1] is not None else (left, constants[2])
+    if constants[0] is None or factor is None:
+        raise NotOnEngine("three values")
+    draft.values[node] = _with_constant(draft, node, source, factor, "mul", reverse=False)
+    return _with_constant(draft, node, node, constants[0], "add", reverse=False)
 
 
 def scale_rows(draft: Draft, node: Node, source: Node, row_dim: int, scale: np.ndarray, shift: np.ndarray) -> EngineValue:
@@ -170,8 +194,11 @@ def _constant_operand(draft: Draft, item: Any) -> np.ndarray | None:
 
 def _with_constant(draft: Draft, node: Node, source: Node, constant: np.ndarray, kind: str, *, reverse: bool) -> EngineValue:
     x = draft.engine(source)
-    if len(source.shape) == len(x.view.sizes) and constant.ndim >= len(source.shape) - source.shape.index(None):
-        raise NotOnEngine("a constant along a dimension that the batch shares")
+    if len(source.shape) == len(x.view.sizes):  # the batch shares a dimension, which `x` has apart
+        shared = constant.ndim - len(source.shape) + source.shape.index(None)
+        if shared >= 0 and constant.shape[shared] != 1:
+            raise NotOnEngine("a constant along a dimension that the batch shares")
+        constant = np.expand_dims(constant, shared) if shared >= 0 else constant
     sizes = _without_batch(constant, x.view.batch_dim, len(x.view.sizes) + 1)
     constant = constant.reshape(sizes)
     if np.broadcast(constant, np.empty(x.view.sizes, np.bool_)).shape != x.view.sizes:

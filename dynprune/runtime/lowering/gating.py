@@ -8,6 +8,7 @@ import numpy as np
 
 from dynprune.graph.capture import Node
 from dynprune.graph.sites import Site
+from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.registry import dim_of_sample
 from dynprune.runtime.lowering.values import DraftStep, NotOnEngine, PaddedValue
@@ -77,6 +78,8 @@ class Gates:
             return self._remember(source, row_dim, branches, self._scaled(source, means, inner / outer, branches))
         rows, value = draft.planar(source, row_dim)
         if rows.positions == 1 and value.site < 0:
+            if rows.rows > 1 and rows.row_stride != 1:
+                rows = views.as_rows(draft.relaid(source, (row_dim,)).view, row_dim)
             return rows
         if value.site >= 0 and rows.rows != draft.sites[value.site].num_channels:
             draft.drop(site, f"its gate reads several features of each channel of site '{draft.sites[value.site].name}'")

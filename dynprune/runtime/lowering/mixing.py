@@ -3,7 +3,7 @@
 | ATen | becomes |
 | --- | --- |
 | conv2d, conv1d | conv; depthwise; linear where the result is one position and the kernel covers its whole input |
-| linear, and addmm, mm, matmul with a constant matrix | linear (one position per sample), else a 1x1 conv over the tokens |
+| linear, and addmm, mm, matmul (`products.py`) with a constant matrix | linear (one position per sample), else a 1x1 conv over the tokens |
 | batch_norm | folded into the weights of the convolution or linear before it, else affine |
 """
 
@@ -83,10 +83,30 @@ def _padding(padding: int | str | list[int], kernel: list[int], dilation: list[i
 
 @lowers("linear", positionless=True)
 def linear(draft: Draft, node: Node) -> EngineValue:
-    return _features(draft, node, node.args[0], *_weight_and_bias(draft, node))
+    weight, bias = _weight_and_bias(draft, node)
+    site = draft.sites[draft.site_of(node)] if draft.site_of(node) >= 0 else None
+    starts = site.first_rows[site.producers.index(node.module_path)] if site is not None else (0,)
+    if starts == (0,):
+        return _features(draft, node, node.args[0], weight, bias)
+    return _in_parts(draft, node, weight, bias, starts, site.num_channels)
 
 
-@lowers("addmm", "mm", "matmul", positionless=True)
+def _in_parts(
+    draft: Draft, node: Node, weight: torch.Tensor, bias: np.ndarray, starts: tuple[int, ...], channels: int
+) -> EngineValue:
+    """Emits one linear layer for each of several values of one gated space that a fused layer makes; each is compact in its own part."""
+    source = draft.engine(node.args[0], _channels_outermost(node.args[0])).view
+    last = len(source.sizes) - 1
+    tokens = prod(source.sizes[:-1])
+    whole = draft.new_view(node, (*source.sizes[:-1], len(weight)), (last, *range(last)), source.batch_dim)
+    parts = [_features(draft, node, node.args[0], weight[i : i + channels], bias[i : i + channels]) for i in starts]
+    for i, part in zip(starts, parts, strict=True):
+        draft.buffers[part.view.buffer].parent = whole.buffer
+        draft.buffers[part.view.buffer].parent_offset = i * tokens
+    return EngineValue(whole, draft.site_of(node))
+
+
+@lowers("addmm", positionless=True)
 def matrix_product(draft: Draft, node: Node) -> EngineValue:
     source, factor = node.args[1:3] if node.op == "addmm" else node.args[:2]
     weight, bias = draft.constant(factor), draft.constant(node.args[0]) if node.op == "addmm" else None

@@ -18,8 +18,8 @@ import torch
 from dynprune.graph.capture import Node
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft, as_array
-from dynprune.runtime.lowering.registry import dim_of_sample, lowers
-from dynprune.runtime.lowering.values import EngineValue, NotOnEngine
+from dynprune.runtime.lowering.registry import lowers
+from dynprune.runtime.lowering.values import EngineValue, MergedValue, NotOnEngine, merged
 from dynprune.runtime.plan import Rows, View
 
 _OVER_ROWS, _OVER_POSITIONS = 0, 1
@@ -41,7 +41,7 @@ def _operand(view: View, dims: Sequence[int]) -> tuple[Rows, int] | None:
 
 def _over(draft: Draft, source: Node, dims: Sequence[int]) -> tuple[EngineValue, Rows, int]:
     """Returns the value laid out so that `dims` are its rows or its positions; copies it if need be."""
-    x = draft.engine(source)
+    x = draft.apart(source)
     found = _operand(x.view, dims)
     if found is None:
         x = draft.relaid(source, (*(d for d in range(len(x.view.sizes)) if d not in dims), *dims))
@@ -79,13 +79,12 @@ def layer_norm(draft: Draft, node: Node) -> EngineValue:
 
 
 @lowers("softmax", "_softmax")
-def softmax(draft: Draft, node: Node) -> EngineValue:
-    x = draft.engine(node.args[0])
-    dim = dim_of_sample(node.arguments["dim"], len(x.view.sizes) + 1, x.view.batch_dim)
+def softmax(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    x, dim, first = draft.along(node.args[0], node.arguments["dim"])
     if dim is None or node.arguments.get("dtype") not in (None, torch.float32):
         raise NotOnEngine("softmax over the batch")
     x, rows, axis = _over(draft, node.args[0], [dim])
-    return _emit(draft, node, "softmax", x, rows, axis, [dim], {}, {})
+    return merged(_emit(draft, node, "softmax", x, rows, axis, [dim], {}, {}), first)
 
 
 @lowers("group_norm", "instance_norm")

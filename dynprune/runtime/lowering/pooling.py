@@ -2,8 +2,9 @@
 
 | ATen | becomes |
 | --- | --- |
-| mean over dimensions, adaptive_avg_pool to one position, avg_pool2d over the whole plane | mean |
+| mean over dimensions, adaptive_avg_pool to one position, avg_pool2d over the whole plane | mean; a 1x1 conv where it runs over rows |
 | sum over dimensions | mean and affine |
+| linalg_vector_norm (2) | the same of the squares, then a square root |
 | max_pool2d, max_pool1d, avg_pool2d, avg_pool1d | pool |
 | adaptive_avg_pool, adaptive_max_pool (1d, 2d) | adaptive_pool |
 """
@@ -18,6 +19,7 @@ import numpy as np
 from dynprune.graph.capture import Node
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
+from dynprune.runtime.lowering.elementwise import ACTIVATIONS
 from dynprune.runtime.lowering.registry import dim_of_sample, lowers, pair
 from dynprune.runtime.lowering.values import EngineValue, ListValue, NotOnEngine
 from dynprune.runtime.plan import Rows
@@ -37,11 +39,32 @@ def _mean(draft: Draft, node: Node, source: Node, dims: list[int], keep: bool) -
         strides = tuple(s for d, s in enumerate(x.view.strides) if keep or d not in dims)
         return draft.viewed(node, x, replace(x.view, sizes=sizes, strides=strides, batch_dim=batch))
     rows = _rows_over(x, kept, dims)
+    if rows is None and (across := _rows_of(x, kept, dims)) is not None and x.site < 0 and draft.site_of(node) < 0:
+        return _mean_of_rows(draft, node, x, across, sizes, batch)
     if rows is None:
         x = draft.relaid(source, (*kept, *dims))
         rows = _rows_over(x, kept, dims)
     view = draft.new_view(node, sizes, None, batch)
     step = draft.emit("mean", node, [(rows, x)], Rows(view.buffer, 0, rows.rows, 1, 1), ints={"scatter": [0]})
+    return draft.written(node, view, step)
+
+
+def _rows_of(x: EngineValue, kept: list[int], dims: list[int]) -> Rows | None:
+    """Returns the value as rows through `dims` by contiguous positions through the kept dimensions, or None where it does not lie so."""
+    outer = views.collapse([x.view.sizes[d] for d in dims], [x.view.strides[d] for d in dims])
+    inner = views.collapse([x.view.sizes[d] for d in kept], [x.view.strides[d] for d in kept])
+    if outer is None or inner is None or inner[1] != 1 or outer[1] < inner[0] or inner[0] == 1:
+        return None
+    return Rows(x.view.buffer, x.view.offset, outer[0], outer[1], inner[0])
+
+
+def _mean_of_rows(draft: Draft, node: Node, x: EngineValue, rows: Rows, sizes: tuple[int, ...], batch: int) -> EngineValue:
+    """Emits the mean over rows as a 1x1 convolution to one channel; sums over tokens' features without bringing them into a line."""
+    view = draft.new_view(node, sizes, None, batch)
+    ints = {"in_size": [rows.rows, 1, rows.positions], "out_size": [1, 1, rows.positions], "kernel": [1, 1], "stride": [1, 1]}
+    ints |= {"padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": [1]}
+    constants = {"weight": np.full((1, rows.rows), 1 / rows.rows, np.float32), "bias": np.zeros(1, np.float32)}
+    step = draft.emit("conv", node, [(rows, x)], Rows(view.buffer, 0, 1, rows.positions, rows.positions), ints=ints, constants=constants)
     return draft.written(node, view, step)
 
 
@@ -73,15 +96,43 @@ def mean(draft: Draft, node: Node) -> EngineValue:
 @lowers("sum")
 def sum_(draft: Draft, node: Node) -> EngineValue:
     dims = _reduced_dims(draft, node)
-    count = prod(draft.engine(node.args[0]).view.sizes[d] for d in dims)
-    value = _mean(draft, node, node.args[0], dims, node.arguments["keepdim"])
-    if count == 1:
+    return _times_count(draft, node, _mean(draft, node, node.args[0], dims, node.arguments["keepdim"]), node.args[0], dims)
+
+
+def _times_count(draft: Draft, node: Node, value: EngineValue, source: Node, dims: list[int], activation: str = "none") -> EngineValue:
+    """Returns activation(value * n), where n elements of `source` were averaged."""
+    count = prod(draft.engine(source).view.sizes[d] for d in dims)
+    if count == 1 and activation == "none":
         return value
-    rows = Rows(value.view.buffer, value.view.offset, views.numel(value.view), 1, 1)
-    view = draft.new_view(node, value.view.sizes, None, value.view.batch_dim)
-    constants = {"scale": np.full(rows.rows, count, np.float32), "shift": np.zeros(rows.rows, np.float32)}
-    step = draft.emit("affine", node, [(rows, value)], replace(rows, buffer=view.buffer, offset=0), constants=constants)
-    return draft.written(node, view, step)
+    if (step := value.step) is not None and step.is_open:
+        step.scale, step.shift = step.scale * count, step.shift * count
+    else:
+        length = views.numel(value.view)
+        rows = Rows(value.view.buffer, value.view.offset, 1, length, length)
+        view = draft.new_view(node, value.view.sizes, None, value.view.batch_dim)
+        constants = {"scale": np.full(1, count, np.float32), "shift": np.zeros(1, np.float32)}
+        step = draft.emit("affine", node, [(rows, value)], replace(rows, buffer=view.buffer, offset=0), constants=constants)
+        value = draft.written(node, view, step)
+    if activation != "none":
+        step.ints["activation"], step.floats["activation"] = [ACTIVATIONS.index(activation)], [0.0, 0.0]
+    return value
+
+
+@lowers("linalg_vector_norm")
+def vector_norm(draft: Draft, node: Node) -> EngineValue:
+    arguments, source = node.arguments, node.args[0]
+    if arguments["ord"] != 2:
+        raise NotOnEngine("another norm than the Euclidean")
+    dims = _reduced_dims(draft, node)
+    x = draft.dense(source)
+    rows = views.memory_rows(x.view)
+    view = draft.new_view(node, x.view.sizes, views.memory_order(x.view), x.view.batch_dim)
+    output = Rows(view.buffer, 0, rows.rows, rows.positions, rows.positions)
+    floats = {"activation": [0.0, 0.0]}
+    draft.emit("unary", node, [(rows, x)], output, ints={"activation": [ACTIVATIONS.index("square")]}, floats=floats)
+    draft.values[node] = EngineValue(view, draft.site_of(node))
+    value = _mean(draft, node, node, dims, arguments["keepdim"])
+    return _times_count(draft, node, value, source, dims, "sqrt")
 
 
 def _planes(draft: Draft, node: Node, dims: int) -> tuple[list[int], list[int]]:

@@ -21,7 +21,7 @@ from dynprune.graph.capture import BATCH, Node
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.registry import dim_of_sample, lowers
-from dynprune.runtime.lowering.values import ConstantValue, EngineValue, ListValue, MergedValue, NotOnEngine, PaddedValue
+from dynprune.runtime.lowering.values import ConstantValue, EngineValue, ListValue, MergedValue, NotOnEngine, PaddedValue, merged
 from dynprune.runtime.plan import View
 
 
@@ -107,18 +107,17 @@ def _sizes_apart(node: Node, view: View) -> tuple[tuple[int, ...], int, int | No
 
 
 @lowers("slice", "narrow")
-def slice_(draft: Draft, node: Node) -> EngineValue:
-    x = draft.engine(node.args[0])
-    rank, arguments = len(x.view.sizes) + 1, node.arguments
+def slice_(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    arguments = node.arguments
     start, step = arguments["start"] or 0, arguments.get("step", 1)
-    dim = dim_of_sample(arguments["dim"], rank, x.view.batch_dim)
+    x, dim, first = draft.along(node.args[0], arguments["dim"])
     if node.op == "narrow":
         end = start + arguments["length"] if isinstance(start, int) and isinstance(arguments["length"], int) else start
     else:
         end = arguments["end"]
     if dim is None:
         if start == 0 and step == 1 and (end is None or end == torch.iinfo(torch.int64).max):
-            return draft.viewed(node, x, x.view)
+            return merged(draft.viewed(node, x, x.view), first)
         raise NotOnEngine("a part of the batch")
     if not isinstance(start, int) or not isinstance(end, int | None):
         raise NotOnEngine("bounds that depend on the input")
@@ -126,7 +125,7 @@ def slice_(draft: Draft, node: Node) -> EngineValue:
     length = len(range(start, end, step))
     if length == 0:
         raise NotOnEngine("an empty slice")
-    return draft.viewed(node, x, views.sliced(x.view, dim, start, length, step), whole=False)
+    return merged(draft.viewed(node, x, views.sliced(x.view, dim, start, length, step), whole=False), first)
 
 
 def _selected(view: View, dim: int, index: int, batch_dim: int) -> View:
@@ -137,27 +136,25 @@ def _selected(view: View, dim: int, index: int, batch_dim: int) -> View:
 
 
 @lowers("select", "unbind")
-def select(draft: Draft, node: Node) -> EngineValue | ListValue:
-    x = draft.engine(node.args[0])
-    rank, batch = len(x.view.sizes) + 1, x.view.batch_dim
-    full_dim = node.arguments["dim"] % rank
-    dim = dim_of_sample(full_dim, rank, batch)
+def select(draft: Draft, node: Node) -> EngineValue | MergedValue | ListValue:
+    x, dim, first = draft.along(node.args[0], node.arguments["dim"])
     if dim is None:
         raise NotOnEngine("a part of the batch")
-    batch -= full_dim < batch
+    batch = x.view.batch_dim - (dim < x.view.batch_dim)
+    if first is not None:
+        first -= dim < first
     if node.op == "unbind":
         parts = [_selected(x.view, dim, i, batch) for i in range(x.view.sizes[dim])]
-        return _several(draft, node, x, parts)
+        return _several(draft, node, x, parts, first)
     index = node.arguments["index"]
     if not isinstance(index, int):
         raise NotOnEngine("an index that depends on the input")
-    return draft.viewed(node, x, _selected(x.view, dim, index % x.view.sizes[dim], batch), whole=False)
+    return merged(draft.viewed(node, x, _selected(x.view, dim, index % x.view.sizes[dim], batch), whole=False), first)
 
 
 @lowers("split", "split_with_sizes", "chunk")
 def split(draft: Draft, node: Node) -> ListValue:
-    x = draft.engine(node.args[0])
-    dim = dim_of_sample(node.arguments["dim"], len(x.view.sizes) + 1, x.view.batch_dim)
+    x, dim, first = draft.along(node.args[0], node.arguments["dim"])
     if dim is None:
         raise NotOnEngine("a part of the batch")
     total, size = x.view.sizes[dim], node.args[1]
@@ -168,26 +165,22 @@ def split(draft: Draft, node: Node) -> ListValue:
     for length in lengths:
         parts.append(views.sliced(x.view, dim, start, length))
         start += length
-    return _several(draft, node, x, parts)
+    return _several(draft, node, x, parts, first)
 
 
-def _several(draft: Draft, node: Node, x: EngineValue, parts: list[View]) -> ListValue:
-    draft.drop(x.site, f"'{node.name}' splits its channels")
-    return ListValue(tuple(EngineValue(part) for part in parts))
+def _several(draft: Draft, node: Node, x: EngineValue, parts: list[View], first: int | None) -> ListValue:
+    if x.site != draft.site_of(node):
+        draft.drop(x.site, f"'{node.name}' splits its channels")
+    return ListValue(tuple(merged(EngineValue(part, draft.site_of(node)), first) for part in parts))
 
 
 @lowers("getitem")
-def getitem(draft: Draft, node: Node) -> EngineValue | ConstantValue:
+def getitem(draft: Draft, node: Node) -> EngineValue | MergedValue | ConstantValue:
     source, index = node.args
     value = draft.values[source] if isinstance(source, Node) else None
     if not isinstance(value, ListValue) or not isinstance(index, int) or value.items[index] is None:
         raise NotOnEngine("a result that the engine does not compute")
-    item = value.items[index]
-    return (
-        replace(item, step=item.step if draft.uses[node] == 1 else None, site=draft.site_of(node))
-        if isinstance(item, EngineValue)
-        else item
-    )
+    return value.items[index]
 
 
 @lowers("expand", "expand_as", "broadcast_to")
@@ -195,7 +188,7 @@ def expand(draft: Draft, node: Node) -> EngineValue | ConstantValue:
     sizes, constant = draft.sizes(node), draft.constant(node.args[0])
     if constant is not None:
         full = constant.reshape((1,) * (len(node.shape) - constant.ndim) + tuple(constant.shape))
-        if constant.dtype != torch.float32 or full.shape[0] != 1:
+        if full.shape[0] != 1:
             raise NotOnEngine("a constant with a batch of its own")
         return ConstantValue(full, repeats=True)
     x = draft.engine(node.args[0])
@@ -234,6 +227,10 @@ def _is_padding_of_convolutions(draft: Draft, node: Node, borders: list[tuple[in
     return is_plane and only_convs and not isinstance(draft.values[node.args[0]], PaddedValue)
 
 
+def _are_heads(draft: Draft, sites: set[int]) -> bool:
+    return all(site >= 0 and draft.sites[site].is_heads for site in sites)
+
+
 @lowers("cat", "concat", "concatenate")
 def cat(draft: Draft, node: Node) -> EngineValue:
     operands = list(node.args[0])
@@ -242,7 +239,8 @@ def cat(draft: Draft, node: Node) -> EngineValue:
     values = [draft.engine(operand) for operand in operands if isinstance(operand, Node)]
     if dim is None or len(values) != len(operands) or any(value.view.batch_dim for value in values):
         raise NotOnEngine("not along one dimension of each sample")
-    for site in {draft.site_of(node), *(value.site for value in values)}:
+    sites = {draft.site_of(node), *(value.site for value in values)}
+    for site in sites if len(sites) > 1 or not _are_heads(draft, sites) else ():
         draft.drop(site, f"'{node.name}' concatenates it with other channels")
     largest = max(values, key=lambda value: views.numel(value.view)).view
     if views.as_rows(largest, dim):

@@ -90,7 +90,7 @@ class ConstantValue:
 class ListValue:
     """The results of an operation with several; None for one that the engine does not compute."""
 
-    items: tuple[EngineValue | ConstantValue | None, ...]
+    items: tuple[EngineValue | MergedValue | ConstantValue | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,11 @@ class MergedValue:
 
     base: EngineValue
     first: int
+
+
+def merged(value: EngineValue, first: int | None) -> EngineValue | MergedValue:
+    """Returns the value of a tensor in which the batch shares the dimension `first`; None: it does not."""
+    return value if first is None else MergedValue(value, first)
 
 
 @dataclass(frozen=True, eq=False)
