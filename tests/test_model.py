@@ -15,8 +15,8 @@ import torch
 from test_executor import give_costs
 from torch import Tensor, nn
 
-from dynprune.control.controller import PressurePolicy, ResourceSample
 from dynprune.control.monitor import ResourceMonitor
+from dynprune.control.pressure import PressurePolicy, ResourceSample
 from dynprune.errors import CalibrationError, DynpruneError, InputError, UnsupportedModelError
 from dynprune.runtime.model import MAX_SESSIONS, DynamicModel
 
