@@ -142,9 +142,8 @@ class Frontier:
         """
         times = dict(self.fewer_threads).get(num_threads)
         if times is None:
-            raise InputError(
-                f"This frontier has no times for {num_threads} threads, only for {[count for count, _ in self.fewer_threads]}."
-            )
+            known = [count for count, _ in self.fewer_threads]
+            raise InputError(f"This frontier has no times for {num_threads} threads, only for {known}.")
         points = tuple(dataclasses.replace(point, latency_ms=ms) for point, ms in zip(self.points, times, strict=True))
         return Frontier(points, self.machine, num_threads)
 

@@ -27,12 +27,13 @@ from dynprune.gates.heads import Gate, gate_key
 from dynprune.graph.capture import Graph
 from dynprune.graph.sites import Site, Ungated
 from dynprune.runtime.costs import CostTable
-from dynprune.runtime.engine import Engine, Execution
+from dynprune.runtime.engine import Engine, Execution, choose_isa
 from dynprune.runtime.explain import explain
 from dynprune.runtime.plan import Plan
+from dynprune.runtime.profile import machine_name
 from dynprune.runtime.reclaim import return_freed_memory
 from dynprune.runtime.session import Session, sites_in_common
-from dynprune.runtime.statistics import Stats, StatsRecorder
+from dynprune.runtime.statistics import LastCall, Stats, StatsRecorder
 from dynprune.runtime.watch import Watch
 
 MAX_SESSIONS = 8
@@ -109,6 +110,7 @@ class DynamicModel(nn.Module):
         self._model_watch: Watch | None = None
         self._gate_watch: Watch | None = None
         self._recorder = StatsRecorder()
+        self._last_call = LastCall(0.0, 0.0, self._num_threads)
         self._warned: set[str] = set()
         self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
         if example_inputs is not None:
@@ -146,6 +148,7 @@ class DynamicModel(nn.Module):
         outputs, execution = engine.run(inputs, level=level, deadline_ns=due_ns % _FAR_NS, slowdown=slowdown, num_threads=threads)
         result = session.pack(outputs)
         latency_ms = (time.monotonic_ns() - began_ns) * 1e-6
+        self._last_call = LastCall(level, execution.level, threads or self._num_threads)
         missed = False
         if controller is not None:
             missed, guarded_ms = latency_ms > limit_ms, None
@@ -320,6 +323,11 @@ class DynamicModel(nn.Module):
         budget_ms = None if controller is None else controller.budget_ms
         return self._recorder.summary(level=self.level, budget_ms=budget_ms)
 
+    @property
+    def last_call(self) -> LastCall:
+        """How the last call on the engine ran; of calls that overlap, the one that ended last."""
+        return self._last_call
+
     def reset_stats(self) -> None:
         """Forgets the statistics."""
         self._recorder.reset()
@@ -347,6 +355,33 @@ class DynamicModel(nn.Module):
             self._controller = self._new_controller(budget_ms, percentile)
         self._refresh_sessions(weights=False)
 
+    @property
+    def measured_here(self) -> bool:
+        """Whether the frontier's times were measured on a machine of this name, for as many threads as are used now."""
+        frontier = self.frontier
+        if frontier is None:
+            return False
+        counts = {frontier.num_threads, *(count for count, _ in frontier.fewer_threads)}
+        return frontier.machine == machine_name(choose_isa()) and self._num_threads in counts
+
+    def remeasure(self, *inputs: Any) -> Frontier:
+        """Measures the times of the calibrated model again on this machine, in some seconds, and returns the new frontier.
+
+        Gates, skip rates and accuracies stay. Run it on an otherwise idle machine.
+
+        Args:
+            inputs: a typical call of one sample, for the gates to choose from; without it random channels run, as many at each level as
+                calibration saw.
+
+        Raises:
+            CalibrationError: the model was not calibrated, or its file is too old to tell how much runs at each level.
+        """
+        from dynprune.runtime.remeasure import remeasured
+
+        frontier, costs = remeasured(self, inputs)
+        self.set_frontier(frontier, costs)
+        return frontier
+
     def refresh(self) -> None:
         """Makes the engine take the weights as they are now; needed only after writes through `tensor.data`, which leave no trace."""
         self._refresh_sessions(weights=True)
@@ -360,15 +395,21 @@ class DynamicModel(nn.Module):
         save(self, path)
 
     @staticmethod
-    def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
+    def load(path: str | PathLike, model: nn.Module, *, remeasure: bool = True) -> DynamicModel:
         """Returns a `DynamicModel` of `model` with what `save` wrote.
+
+        Args:
+            path: of the file.
+            model: with the weights that it was saved for.
+            remeasure: whether to measure the times again, in some seconds, where the file comes from a machine of another name or was
+                not measured for as many threads; see `remeasure`.
 
         Raises:
             CheckpointError: the file is damaged or foreign, was written by a newer version, or belongs to another model.
         """
         from dynprune.runtime.checkpoint import load
 
-        return load(path, model)
+        return load(path, model, remeasure=remeasure)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicModel:
         twin = DynamicModel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,14 @@ class LatencyPercentiles:
     p50: float
     p95: float
     p99: float
+
+
+class LastCall(NamedTuple):
+    """How the last call on the engine ran: the level where it began, the one where the deadline left it, and the threads."""
+
+    level: float
+    end_level: float
+    threads: int
 
 
 @dataclass(frozen=True)
