@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _RUNS = 20
 _LIMIT_FACTOR = 2.0
-_FILLED = 0.985
-"""Share of the limit that this process and its neighbour hold together."""
+_FILLED = 0.95
+"""Share of the limit that this process and its neighbour hold together: the rest is left for building the lean engine."""
 _MIB = 2**20
 _WAIT_S = 15.0
 
@@ -118,13 +118,14 @@ def memory_text(report: MemoryReport) -> str:
     if report.reacted_s is None:
         lines.append(f"No control group here ({report.reason}); lean and level were set by hand.")
     else:
-        lines.append(f"Lean and at level 1 {report.reacted_s:.1f} s after the control group was filled to {_FILLED:.1%} of its limit.")
+        lines.append(f"Lean and at level 1 {report.reacted_s:.1f} s after the control group was filled to {_FILLED:.0%} of its limit.")
     return "\n".join(lines)
 
 
 def _under_pressure(dm: DynamicModel, inputs: Sequence[tuple], measure: Callable[[], None]) -> float:
     """Fills a control group of our own, calls `measure` when the model has reacted, and returns how long that took, in seconds."""
     from dynprune.control.monitor import ResourceMonitor
+    from dynprune.control.pressure import PressurePolicy
 
     with OwnCgroup("memory") as group:
         held = rss_bytes()
@@ -132,20 +133,21 @@ def _under_pressure(dm: DynamicModel, inputs: Sequence[tuple], measure: Callable
         group.set_memory_limit(limit)
         monitor = ResourceMonitor()
         try:
+            dm.set_pressure_policy(PressurePolicy(cpu_start=1, memory_full=_FILLED - 0.01))
             dm.attach_monitor(monitor)
             with held_memory(int(_FILLED * limit) - _charged(group)):
                 began = time.monotonic()
                 while not (dm.lean and dm.last_call.end_level == 1.0):
                     if time.monotonic() - began > _WAIT_S:
-                        raise NoCgroupError(
-                            f"memory filled to {_FILLED:.1%} of the limit was not noticed, the monitor saw {monitor.sample()}"
-                        )
+                        seen = monitor.sample().memory_pressure
+                        raise NoCgroupError(f"memory filled to {_FILLED:.0%} of a limit was seen as a pressure of {seen}")
                     dm(*inputs[0])
                 reacted_s = time.monotonic() - began
                 measure()
         finally:
             group.set_memory_limit(None)
             dm.attach_monitor(None)
+            dm.set_pressure_policy(PressurePolicy())
             monitor.stop()
     return reacted_s
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from dynprune.control.frontier import Frontier
 from dynprune.timing import percentiles
@@ -111,7 +112,7 @@ def figures_of(trace: Trace, budget_ms: float, percentile: float, frontier: Fron
         _mean(kept),
         _mean(trace.end_level),
         _mean([end > begin for begin, end in zip(trace.level, trace.end_level, strict=True)]),
-        _mean([a != b for a, b in zip(trace.level, trace.level[1:], strict=False)]),
+        _mean([a != b for a, b in pairwise(trace.level)]),
         _accuracy_loss(trace, [0, *changes, len(trace)], budget_ms, percentile, frontier),
     )
 
@@ -130,7 +131,7 @@ def _recovery(trace: Trace, first: int, budget_ms: float) -> int:
 def _accuracy_loss(trace: Trace, bounds: list[int], budget_ms: float, percentile: float, frontier: Frontier) -> float:
     """Compares with the lowest level that would have kept the budget in `percentile` of each phase, had it met the same slow-downs."""
     losses = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         if end - begin < 2:
             continue
         slowdowns = [trace.latency_ms[i] / frontier.latency_ms_at((trace.level[i] + trace.end_level[i]) / 2) for i in range(begin, end)]
