@@ -15,6 +15,7 @@ from dynprune.cli.machine import Machine, describe_machine
 from dynprune.cli.scenarios import Call, Scenario, make_scenario, serve
 from dynprune.cli.table import format_table
 from dynprune.cli.trace import Figures, Trace, figures_of
+from dynprune.timing import percentiles
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,10 @@ _HEADERS = (
     "variant", "n", "p50 ms", "p95 ms", "p99 ms", "steady misses", "first second", "recovers at", "slack", "mean level", "guarded",
     "level changes", "accuracy loss",
 )  # fmt: skip
+
+
+_BASE_S = 1.5
+"""Seconds of serving at level 0 that a budget is taken from."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class ScenarioReport:
-    """One scenario, all variants under the same load one after the other."""
+    """One scenario, all variants under the same load one after the other; `idle_ms` is the median at level 0 while nobody else runs."""
 
     machine: Machine
     model: str
     scenario: Scenario
+    idle_ms: float
     budget_ms: float
     percentile: float
     variants: tuple[Variant, ...]
@@ -57,10 +63,11 @@ def run_scenario(
     name: str,
     inputs: Sequence[tuple[torch.Tensor, ...]],
     *,
-    budget_ms: float,
+    budget_ms: float | None = None,
+    budget_factor: float = 1.5,
     percentile: float = 95,
     seconds: float = 10.0,
-    gap_s: float = 0.005,
+    gap_s: float = 0.001,
     neighbours: int | None = None,
     rivals: dict[str, Callable[[int], object]] | None = None,
     model_name: str = "model",
@@ -71,7 +78,8 @@ def run_scenario(
         dm: calibrated, in eval mode.
         name: of the scenario, see `scenarios.NAMES`; not "memory".
         inputs: calls of the model, taken in turn.
-        budget_ms, percentile: to keep.
+        budget_ms: to keep; None for `budget_factor` times the median at level 0 while nobody else runs, measured first at this pace.
+        percentile: to keep it in.
         seconds: each variant is served.
         gap_s: pause between calls.
         neighbours: busy processes; default None for one per core.
@@ -85,7 +93,12 @@ def run_scenario(
 
     cores = int(allowed_cores())
     scenario = make_scenario(name, seconds, cores, neighbours=neighbours)
-    half, _ = dm.frontier.level_for(budget_ms / 2)
+    with _at_level(dm, inputs, 0.0)() as call:
+        idle = serve(call, make_scenario("idle", _BASE_S, cores), _BASE_S, gap_s, cores)
+    base_ms = percentiles(idle.latency_ms, (50,))[0]
+    if budget_ms is None:
+        budget_ms = budget_factor * base_ms
+    half, _ = dm.frontier.level_for(budget_ms / 2 * dm.frontier.latency_ms_at(0.0) / base_ms)
     ways = {
         f"budget {budget_ms:.2f} ms": _budgeted(dm, inputs, budget_ms, percentile),
         "dense (level 0)": _at_level(dm, inputs, 0.0),
@@ -98,7 +111,7 @@ def run_scenario(
             trace = serve(call, scenario, seconds, gap_s, cores)
         variants.append(Variant(label, trace, figures_of(trace, budget_ms, percentile, dm.frontier)))
         time.sleep(0.3)
-    return ScenarioReport(describe_machine(dm.num_threads), model_name, scenario, budget_ms, percentile, tuple(variants))
+    return ScenarioReport(describe_machine(dm.num_threads), model_name, scenario, base_ms, budget_ms, percentile, tuple(variants))
 
 
 def scenario_text(report: ScenarioReport) -> str:
@@ -122,7 +135,8 @@ def scenario_text(report: ScenarioReport) -> str:
     ]
     lines = [
         str(report.machine),
-        f"{report.model}, scenario {report.scenario.name}: {report.scenario.what}; p{report.percentile:g} within {report.budget_ms:.2f} ms",
+        f"{report.model}, scenario {report.scenario.name}: {report.scenario.what}",
+        f"p{report.percentile:g} within {report.budget_ms:.2f} ms; idle median at level 0 {report.idle_ms:.2f} ms",
         "",
         format_table(_HEADERS, rows),
     ]

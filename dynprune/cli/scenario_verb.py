@@ -25,7 +25,9 @@ def add_scenario_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --scenario and what belongs to it."""
     group = parser.add_argument_group("with --scenario, the model is served under a load that comes and goes")
     group.add_argument("--scenario", choices=NAMES, help="the load; every other option below counts with it only")
-    group.add_argument("--budget-ms", metavar="MS", type=positive_float, help="to keep; default: 1.5 times the idle median at level 0")
+    group.add_argument("--budget-ms", metavar="MS", type=positive_float, help="to keep; default by --budget-factor")
+    group.add_argument("--budget-factor", metavar="F", type=positive_float, default=1.5, help="times the idle median; default 1.5")
+    group.add_argument("--gap-ms", metavar="MS", type=positive_float, default=1.0, help="pause between calls; default 1")
     group.add_argument("--percentile", metavar="P", type=float, default=95.0, help="share of calls that should keep it; default 95")
     group.add_argument("--duration", metavar="S", type=positive_float, default=10.0, help="seconds each variant is served; default 10")
     group.add_argument("--checkpoint", metavar="FILE", type=Path, help="of dm.save(); default: calibrated now on random inputs")
@@ -46,7 +48,6 @@ def run_scenarios(arguments: argparse.Namespace, rival_names: tuple[str, ...]) -
         torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments)
     dm, inputs = _calibrated(loaded, arguments.checkpoint)
-    budget_ms = arguments.budget_ms or 1.5 * dm.frontier.latency_ms_at(0.0)
     with built_rivals(rival_names, loaded.model, loaded.inputs, dm.num_threads) as built, torch.no_grad():
         rivals = {rival.name: _ignoring_number(rival.run) for rival in built if rival.run is not None}
         try:
@@ -58,7 +59,9 @@ def run_scenarios(arguments: argparse.Namespace, rival_names: tuple[str, ...]) -
                     dm,
                     arguments.scenario,
                     inputs,
-                    budget_ms=budget_ms,
+                    budget_ms=arguments.budget_ms,
+                    budget_factor=arguments.budget_factor,
+                    gap_s=arguments.gap_ms / 1e3,
                     percentile=arguments.percentile,
                     seconds=arguments.duration,
                     rivals=rivals,

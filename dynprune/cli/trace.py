@@ -111,7 +111,7 @@ def figures_of(trace: Trace, budget_ms: float, percentile: float, frontier: Fron
         max((_recovery(trace, i, budget_ms) for i in rises), default=1),
         _mean(kept),
         _mean(trace.end_level),
-        _mean([end > begin for begin, end in zip(trace.level, trace.end_level, strict=True)]),
+        _mean([end > begin + 1e-6 for begin, end in zip(trace.level, trace.end_level, strict=True)]),
         _mean([a != b for a, b in pairwise(trace.level)]),
         _accuracy_loss(trace, [0, *changes, len(trace)], budget_ms, percentile, frontier),
     )

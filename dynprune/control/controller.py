@@ -189,10 +189,14 @@ class LatencyController:
                 factor *= math.exp(extra_load)
             wanted, arm = self._choose(self._budget_ms / factor)
             self._reachable = wanted <= GRID
-            tightest = self._tightest_wanted(wanted if wanted <= GRID else GRID)
-            if tightest >= self._step or tightest <= self._step - _DEAD_BAND or tightest == 0:
-                self._step = tightest
-            step = self._step
+            wanted = min(wanted, GRID)
+            if self._arm.slowdown.on_trial:  # a spike tightens one inference, a step all that follow
+                step = max(self._step, wanted)
+            else:
+                tightest = self._tightest_wanted(wanted)
+                if tightest >= self._step or tightest <= self._step - _DEAD_BAND or tightest == 0:
+                    self._step = tightest
+                step = self._step
             if limit_ms < self._budget_ms:
                 tighter, arm = self._choose(limit_ms / factor)
                 self._reachable = tighter <= GRID

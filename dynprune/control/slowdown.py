@@ -42,6 +42,11 @@ class SlowdownEstimator:
         """Variance of the next observation around `mean`: uncertainty of the mean, drift and noise."""
         return self._uncertainty + (1 + _DRIFT) * self._noise
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether the last observation was taken for a step upwards that the next one may still show to have been a spike."""
+        return self._before_jump is not None
+
     def update(self, log_ratio: float) -> None:
         """Takes in one observation: the logarithm of observed over predicted time, a finite number."""
         if self._before_jump is not None:

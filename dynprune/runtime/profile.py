@@ -22,6 +22,11 @@ RUNS = 12
 """Profiled runs per keep ratio."""
 LEAST_SCALED = 0.1
 """A gated step's time follows its rows at least to this share, however noisy the two measurements were."""
+_REWEIGHTINGS = 20
+_EXACT = 1e-3
+"""Relative residuals below this count alike."""
+_ROUNDS = 6
+"""Levels and threads take so many turns, so that a spell of other programs falls on all of them."""
 LEAST_FACTOR = 0.2
 """Measured latencies never scale a part of the table by less than this: they may be noisy."""
 
@@ -85,8 +90,9 @@ def fit_to_latencies(
 def scaled_to(table: CostTable, latencies_ms: Sequence[float]) -> CostTable:
     """Returns the table, whose shares are known, scaled to the latencies measured at its levels.
 
-    All fixed times are multiplied by one factor and all scaled times by another, by least squares over the levels, as a profiled step
-    has caches and threads to itself in another way than a step in a run.
+    All fixed times are multiplied by one factor and all scaled times by another, by least absolute deviations over the levels (one level
+    measured during a spell of other programs moves nothing), as a profiled step has caches and threads to itself in another way than a
+    step in a run.
     """
     fixed, scaled = np.array(table.fixed_ms), np.array(table.scaled_ms)
     parts = np.stack([table.run_share @ fixed, table.work_share @ scaled], 1)
@@ -107,9 +113,15 @@ def level_latencies(
     """
     counts = [num_threads, *(1 << i for i in range(num_threads.bit_length()) if 1 << i < num_threads)]
     functions = {f"{i} {count}": partial(run, count) for i, run in enumerate(runs) for count in counts}
-    measured = measure_interleaved(functions, seconds=seconds, block_seconds=seconds, pause_seconds=0.0)
-    times = {count: [measured[f"{i} {count}"].median_ms for i in range(len(runs))] for count in counts}
+    measured = measure_interleaved(functions, seconds=seconds, block_seconds=seconds / _ROUNDS, pause_seconds=0.0)
+    times = {count: _without_outliers([measured[f"{i} {count}"].median_ms for i in range(len(runs))]) for count in counts}
     return times[num_threads], tuple((count, tuple(times[count])) for count in counts[1:])
+
+
+def _without_outliers(times_ms: list[float]) -> list[float]:
+    """Returns the times, each that lies above both its neighbours lowered to the larger of these: times do not rise with the level."""
+    inner = [min(ms, max(before, after)) for before, ms, after in zip(times_ms, times_ms[1:], times_ms[2:], strict=False)]
+    return [times_ms[0], *inner, *times_ms[1:][-1:]]
 
 
 def machine_name(isa: str) -> str:
@@ -118,13 +130,20 @@ def machine_name(isa: str) -> str:
 
 
 def _bounded_fit(parts: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Returns the two factors, each at least `LEAST_FACTOR`, whose mix of the two columns is nearest to `measured`."""
-    factors = np.linalg.lstsq(parts, measured, rcond=None)[0]
+    """Returns the two factors, each at least `LEAST_FACTOR`, whose mix of the two columns is nearest to `measured`.
+
+    Least absolute relative deviations, by least squares with weights from the last residuals.
+    """
+    weights = 1 / np.maximum(measured, 1e-30)
+    for _ in range(_REWEIGHTINGS):
+        factors = np.linalg.lstsq(parts * weights[:, None], measured * weights, rcond=None)[0]
+        relative = np.abs(parts @ factors / np.maximum(measured, 1e-30) - 1)
+        weights = 1 / np.maximum(measured, 1e-30) / np.sqrt(np.maximum(relative, _EXACT))
     low = int(factors.argmin())
     if factors[low] < LEAST_FACTOR:
-        other = parts[:, 1 - low]
+        other = parts[:, 1 - low] * weights
         factors[low] = LEAST_FACTOR
-        factors[1 - low] = other @ (measured - LEAST_FACTOR * parts[:, low]) / max(1e-30, other @ other)
+        factors[1 - low] = other @ ((measured - LEAST_FACTOR * parts[:, low]) * weights) / max(1e-30, other @ other)
     return factors.clip(LEAST_FACTOR)
 
 

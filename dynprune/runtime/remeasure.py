@@ -19,7 +19,7 @@ from dynprune.runtime.profile import level_latencies, machine_name, measure_cost
 if TYPE_CHECKING:
     from dynprune.runtime.model import DynamicModel
 
-SECONDS = 0.03
+SECONDS = 0.06
 """Timed seconds per level and number of threads."""
 _DRAWS = 4
 """Random choices of channels that a level's runs take in turn."""
