@@ -13,6 +13,7 @@ from dynprune.version import __version__
 if TYPE_CHECKING:
     from dynprune.control.frontier import Frontier, OperatingPoint
     from dynprune.control.monitor import ResourceMonitor
+    from dynprune.control.pressure import PressurePolicy
     from dynprune.errors import CalibrationError, CheckpointError, DynpruneError, InputError, UnsupportedModelError
     from dynprune.runtime.model import DynamicModel
     from dynprune.training.calibrate import calibrate
@@ -25,6 +26,7 @@ _MODULE_OF = {
     "Frontier": "dynprune.control.frontier",
     "InputError": "dynprune.errors",
     "OperatingPoint": "dynprune.control.frontier",
+    "PressurePolicy": "dynprune.control.pressure",
     "ResourceMonitor": "dynprune.control.monitor",
     "UnsupportedModelError": "dynprune.errors",
     "calibrate": "dynprune.training.calibrate",
@@ -38,6 +40,7 @@ __all__ = [
     "Frontier",
     "InputError",
     "OperatingPoint",
+    "PressurePolicy",
     "ResourceMonitor",
     "UnsupportedModelError",
     "__version__",

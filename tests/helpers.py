@@ -57,4 +57,3 @@ def run_step(
 
     lists = [[[int(i) for i in chosen] for chosen in site] for site in active]
     _C.StepRunner(isa, step, list(buffers), list(sites), lists, num_threads, compensation).run(1)
-

@@ -16,10 +16,11 @@ from dynprune.errors import CalibrationError, InputError
 from dynprune.graph.sites import Consumer, Site
 from dynprune.runtime.costs import CostTable, plan_signature
 from dynprune.runtime.model import DynamicModel
+from dynprune.runtime.profile import fit_to_latencies, measure_costs
 from dynprune.training import calibrate as calibration
 from dynprune.training.allocation import FLOOR, Sensitivity, StepCost, allocate, predicted_ms
 from dynprune.training.calibrate import calibrate
-from dynprune.training.costing import allocation_costs, fit_to_latencies, measure_costs, step_costs
+from dynprune.training.costing import allocation_costs, step_costs
 from dynprune.training.samples import CHUNK, MAX_SAMPLES, nth_sample, read_samples, split, take
 from dynprune.training.scores import ConsumerRecord, Regression, SiteRecord, fit_channels, quantile
 from dynprune.training.sensitivity import TEMPERATURE, agreement, output_errors

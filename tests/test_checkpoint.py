@@ -166,9 +166,7 @@ def test_a_newer_or_unknown_format(saved, tmp_path, written) -> None:
         DynamicModel.load(path, models.build("basic"))
 
 
-@pytest.mark.parametrize(
-    "key", ("fingerprint", "include", "exclude", "group_size", "example", "sites", "frontier", "costs", "format")
-)
+@pytest.mark.parametrize("key", ("fingerprint", "include", "exclude", "group_size", "example", "sites", "frontier", "costs", "format"))
 @pytest.mark.parametrize("value", ("missing", 7, "x", [["x"]], {}), ids=repr)
 def test_a_damaged_description(saved, tmp_path, key: str, value) -> None:
     def change(about: dict) -> None:

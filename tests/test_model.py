@@ -15,8 +15,8 @@ import torch
 from test_executor import give_costs
 from torch import Tensor, nn
 
-from dynprune.control.controller import PressurePolicy, ResourceSample
 from dynprune.control.monitor import ResourceMonitor
+from dynprune.control.pressure import PressurePolicy, ResourceSample
 from dynprune.errors import CalibrationError, DynpruneError, InputError, UnsupportedModelError
 from dynprune.runtime.model import MAX_SESSIONS, DynamicModel
 
@@ -490,6 +490,9 @@ def test_a_monitor_tightens_under_pressure_with_and_without_a_budget(costed) -> 
         costed.set_latency_budget(ms=1e6)
         costed.set_pressure_policy(PressurePolicy())
         costed(images(1))
+        assert costed.stats().level == 0, "the budget alone answers to CPU load"
+        costed.set_pressure_policy(PressurePolicy(cpu_under_budget=True))
+        costed(images(1))
         assert costed.stats().level == 1
     finally:
         costed.set_latency_budget(None)
@@ -554,9 +557,26 @@ def test_a_budget_ends_before_a_later_deadline_and_after_an_earlier_one(costed) 
     try:
         costed.reset_stats()
         costed(images(1), deadline=time.monotonic() - 1)
-        assert costed.stats().level == 1 and costed.stats().guard_actions > 0
+        assert costed.last_call.level == 1 and costed.stats().budget_misses == 1
+        costed(images(1), deadline=time.monotonic() + 60)
+        assert costed.last_call.level == 0 and costed.stats().budget_misses == 1, "one late call does not tighten the next"
     finally:
         costed.set_latency_budget(None)
+
+
+def test_a_deadline_picks_the_level_without_a_budget(costed) -> None:
+    costed.reset_stats()
+    costed(images(1), deadline=time.monotonic() + 60)
+    assert costed.last_call.level == 0
+    costed(images(1), deadline=time.monotonic() + 1e-6)
+    assert costed.last_call.level == 1
+    assert costed.stats().budget_ms is None and costed.stats().budget_misses == 1
+    costed.level = 0.5
+    try:
+        costed(images(1), deadline=time.monotonic() + 60)
+        assert costed.last_call.level == 0.5, "the level set stays the least"
+    finally:
+        costed.level = 0.0
 
 
 # ---------------------------------------------------------------- weights that change

@@ -1,4 +1,7 @@
-"""`dynprune bench`: times a model at several shares of its channels against the other ways to run it, all in one run."""
+"""`dynprune bench`: times a model at several shares of its channels against the other ways to run it, all in one run.
+
+With `--scenario` it serves the model under a scripted load and a latency budget instead.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynprune.cli.machine import Machine, describe_machine
-from dynprune.cli.models import LoadedModel, add_model_arguments, load_model, positive_int
+from dynprune.cli.models import LoadedModel, add_model_arguments, load_model, positive_float, positive_int
 from dynprune.cli.rivals import NAMES, Rival, built_rivals, parse_names
+from dynprune.cli.scenario_verb import add_scenario_arguments, run_scenarios
 from dynprune.cli.table import format_table
 from dynprune.errors import InputError
 
@@ -101,18 +105,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--threads", metavar="N", type=positive_int, help="for the engine and every rival; default: torch's number here")
     parser.add_argument("--seconds", metavar="S", type=positive_float, default=3.0, help="timed seconds per row; default 3")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report there")
+    add_scenario_arguments(parser)
     parser.set_defaults(run=run)
-
-
-def positive_float(text: str) -> float:
-    """Returns the finite number above 0 that `text` spells."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
 
 
 def parse_keeps(text: str) -> tuple[float, ...]:
@@ -131,6 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
     names = parse_names(arguments.against)
     if arguments.json and not arguments.json.parent.is_dir():
         raise InputError(f"--json: folder {str(arguments.json.parent)!r} does not exist.")
+    if arguments.scenario:
+        return run_scenarios(arguments, names)
     report = benchmark(load_model(arguments), arguments.keep, names, arguments.threads or torch.get_num_threads(), arguments.seconds)
     print(report_text(report))
     if arguments.json:

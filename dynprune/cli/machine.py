@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dynprune import __version__
+from dynprune.control.host import cpu_name
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,6 @@ def describe_machine(threads: int) -> Machine:
     from dynprune.runtime.engine import choose_isa
 
     return Machine(cpu_name(), choose_isa(), threads, torch.__version__, __version__, commit())
-
-
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Returns the CPU's own name for itself, or the platform's where /proc does not tell."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit() -> str:

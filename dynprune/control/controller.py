@@ -1,27 +1,26 @@
-"""Picks the level of the next inference so that a latency budget is kept while the machine's load changes."""
+"""Picks the level and the threads of the next inference so that a latency budget is kept while the machine's load changes."""
 
 from __future__ import annotations
 
 import math
-import numbers
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import NormalDist
 
+from dynprune.control.arms import GRID, Arm, other_load
+from dynprune.control.checks import check_budget_ms, check_percentile
 from dynprune.control.frontier import Frontier
+from dynprune.control.pressure import ResourceSample, fraction
 from dynprune.control.slowdown import SlowdownEstimator
 from dynprune.errors import InputError
 
-_GRID = 64
-"""Levels are multiples of 1/64, so that small changes of the estimate leave the level alone."""
 _CALM_INFERENCES = 32
 _CALM_SECONDS = 2.0
 """The level relaxes to the tightest one wanted in the last 32 inferences or 2 seconds, whichever is shorter."""
-_DEAD_BAND = 2 / _GRID
-"""A relaxation smaller than this is not worth a change of level, unless it ends at level 0."""
+_DEAD_BAND = 2
+"""Steps of the grid; a relaxation by less is not worth a change of level, unless it ends at level 0."""
 _HARDNESS_RATE = 0.05
 """Share of the newest inference in the running mean and variance of how hard inputs are."""
 _MARGIN_RATE = 0.1
@@ -31,95 +30,13 @@ _SEEN_RATE = 0.2
 """Share of the newest sample in the load that the estimate is taken to know already."""
 _NEW_LOAD = 0.1
 """Growth of the logarithm of the expected slow-down that is taken for the samples' own noise."""
+_FRESH = 64
+"""Inferences for which an arm's own estimate is believed after it last ran."""
+_SLOWED = 0.15
+"""Logarithm of the slow-down from which it tells how many other threads there are."""
 _MOST_PRESSURE = 0.9
 _MOST_LOG = 7.0
 """Ratios beyond e^7 = 1097 tell no more than that."""
-
-
-@dataclass(frozen=True)
-class ResourceSample:
-    """What the machine was doing over the last interval; a figure that no source gave is None.
-
-    A rate covers the time since the previous sample and is None in the first one. Fractions and pressures lie in [0, 1].
-
-    Attributes:
-        timestamp_s: `time.monotonic` when the sample was taken, in seconds.
-        cpu_pressure: share of the CPU time wanted that would not be got: 0 on an idle machine, 0.5 where everything takes twice as long.
-        memory_pressure: share of the memory in use, of the host or the container, or share of the time stalled on it: the largest.
-        cpu_fraction: busy share of the host's cores, this process included.
-        per_cpu_fraction: the same per core.
-        own_cpu_fraction: CPU time of this process as a share of the host's cores.
-        load_average: runnable tasks of the host, mean over one minute.
-        steal_fraction: share of the CPU time that the hypervisor gave to others.
-        runqueue_wait_fraction: share of this process's runnable thread time spent waiting for a core.
-        throttled_fraction: share of the container's runnable time spent throttled by its CPU quota.
-        cpu_stall_fraction, memory_stall_fraction, io_stall_fraction: share of the time in which some task was stalled (pressure stall
-            information, of the container where it has its own).
-        rss_bytes: resident memory of this process.
-        memory_available_bytes: memory that can be had without swapping, within the container's limit.
-        container_memory_fraction: memory of the container, reclaimable file pages left out, as a share of its limit.
-        host_memory_fraction: used share of the host's memory.
-        swap_fraction: used share of the swap space.
-        battery_fraction: charge of the battery.
-        on_battery: whether the machine runs from its battery.
-        temperature_celsius: hottest sensor.
-    """
-
-    timestamp_s: float | None = None
-    cpu_pressure: float | None = None
-    memory_pressure: float | None = None
-    cpu_fraction: float | None = None
-    per_cpu_fraction: tuple[float, ...] | None = None
-    own_cpu_fraction: float | None = None
-    load_average: float | None = None
-    steal_fraction: float | None = None
-    runqueue_wait_fraction: float | None = None
-    throttled_fraction: float | None = None
-    cpu_stall_fraction: float | None = None
-    memory_stall_fraction: float | None = None
-    io_stall_fraction: float | None = None
-    rss_bytes: int | None = None
-    memory_available_bytes: int | None = None
-    container_memory_fraction: float | None = None
-    host_memory_fraction: float | None = None
-    swap_fraction: float | None = None
-    battery_fraction: float | None = None
-    on_battery: bool | None = None
-    temperature_celsius: float | None = None
-
-
-@dataclass(frozen=True)
-class PressurePolicy:
-    """How tight the gates are at least under CPU and memory pressure, with or without a latency budget.
-
-    The floor is 0 up to `start` and rises linearly to 1 at `full`; the higher of the two floors holds. A `start` of 1 turns one off.
-
-    Args:
-        cpu_start, cpu_full: CPU pressures; by default nothing happens until a third of the CPU time wanted goes to others.
-        memory_start, memory_full: memory pressures; by default nothing happens until 85 % of the memory is in use.
-
-    Raises:
-        InputError: not 0 <= start < full <= 1, unless start is 1.
-    """
-
-    cpu_start: float = 0.34
-    cpu_full: float = 0.9
-    memory_start: float = 0.85
-    memory_full: float = 0.98
-
-    def __post_init__(self) -> None:
-        for kind in ("cpu", "memory"):
-            start, full = getattr(self, f"{kind}_start"), getattr(self, f"{kind}_full")
-            if not (is_number(start) and is_number(full) and (start == 1 or 0 <= start < full <= 1)):
-                raise InputError(
-                    f"Expected 0 <= {kind}_start < {kind}_full <= 1 (or {kind}_start=1 for never), got {start!r} and {full!r}."
-                )
-
-    def level_floor(self, sample: ResourceSample) -> float:
-        """Returns the lowest level in [0, 1] to use under the pressures of `sample`; a pressure that is not known counts as none."""
-        cpu = _ramp(_fraction(sample.cpu_pressure), self.cpu_start, self.cpu_full)
-        memory = _ramp(_fraction(sample.memory_pressure), self.memory_start, self.memory_full)
-        return max(cpu, memory)
 
 
 class LatencyController:
@@ -132,12 +49,19 @@ class LatencyController:
     more latencies than promised exceed it (an online quantile estimate). A `ResourceSample` that shows more load than the recent
     inferences have met raises the expectation before the first slow one. The level tightens at once and relaxes after calm.
 
+    Where the frontier knows the times of fewer threads, each number of threads has its own estimate, and the one that needs the lowest
+    level runs. One that did not run for 64 inferences is expected to get a fair share of the cores beside the others' threads; few
+    threads that fit beside them have their cores to themselves, so that their latencies spread less.
+
     Any thread may call any method. Where threads overlap, pass to `observe` the level that `next_level` gave for that call.
 
     Args:
         frontier: of the calibrated model on this machine.
-        budget_ms: longest latency wanted, in milliseconds, > 0. One that no level can meet is accepted, see `reachable`.
+        budget_ms: longest latency wanted, in milliseconds, > 0; None for no budget, so that only limits of single calls count. A budget
+            that no level can meet is accepted, see `reachable`.
         percentile: share of the inferences that should keep the budget, in percent, inside (0, 100).
+        num_threads: the most threads to use; None for those of the frontier.
+        cores: of the machine, for the fair share; None for `num_threads`.
         clock: gives seconds; one that goes backwards only delays a relaxation, by 32 inferences at most.
 
     Raises:
@@ -150,24 +74,34 @@ class LatencyController:
     """
 
     def __init__(
-        self, frontier: Frontier, *, budget_ms: float, percentile: float = 95, clock: Callable[[], float] = time.monotonic
+        self,
+        frontier: Frontier,
+        *,
+        budget_ms: float | None,
+        percentile: float = 95,
+        num_threads: int | None = None,
+        cores: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.frontier = frontier
+        self._log_usual = [math.log(frontier.predicted_ms_at(i / GRID)) for i in range(GRID + 1)]
         self._clock = clock
         self._lock = threading.Lock()
-        self._slowdown = SlowdownEstimator()
+        self._count = 0
+        self._set_arms(num_threads or frontier.num_threads or 1)
+        self._cores = float(cores or self._arm.threads)
         self._hardness = 0.0
         self._hardness_variance = 0.0
+        self._sample: ResourceSample | None = None
         self._load = 0.0
         self._seen_load = 0.0
-        self._count = 0
-        self._wanted: deque[tuple[int, float, float]] = deque()
-        self._level = 0.0
+        self._wanted: deque[tuple[int, float, int]] = deque()
+        self._step = 0
         self.set_budget(budget_ms, percentile=percentile)
 
     @property
     def budget_ms(self) -> float:
-        """The budget, in milliseconds."""
+        """The budget, in milliseconds; infinite where there is none."""
         return self._budget_ms
 
     @property
@@ -178,7 +112,12 @@ class LatencyController:
     @property
     def level(self) -> float:
         """The level that `next_level` gave last, or would give now for an idle machine."""
-        return self._level
+        return self._step / GRID
+
+    @property
+    def threads(self) -> int:
+        """How many threads to run the inference on that `next_level` gave the last level for."""
+        return self._arm.threads
 
     @property
     def reachable(self) -> bool:
@@ -188,46 +127,92 @@ class LatencyController:
     @property
     def slowdown(self) -> float:
         """How many times longer inferences are estimated to take now than on an idle machine."""
-        return math.exp(self._slowdown.mean)
+        return math.exp(self._arm.slowdown.mean)
 
-    def set_budget(self, budget_ms: float, *, percentile: float | None = None) -> None:
+    @property
+    def pace(self) -> float:
+        """How many times longer than the cost table predicts inferences are estimated to take now, on `threads` threads."""
+        return math.exp(self._arm.slowdown.mean + self._arm.log_idle(self._step / GRID) - self._log_usual[self._step])
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Sets the most threads to use; what was learned about the times of these is forgotten.
+
+        Raises:
+            InputError: `num_threads` is not an int >= 1.
+        """
+        if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+            raise InputError(f"`num_threads` must be an int >= 1, got {num_threads!r}.")
+        with self._lock:
+            self._set_arms(num_threads)
+            self._set_margins()
+
+    def set_budget(self, budget_ms: float | None, *, percentile: float | None = None) -> None:
         """Sets the budget from the next inference on; what was learned of load and inputs is kept.
 
         Args:
-            budget_ms: in milliseconds, > 0.
+            budget_ms: in milliseconds, > 0; None for none.
             percentile: in percent, inside (0, 100); None keeps the present one.
 
         Raises:
             InputError: budget or percentile is not a number or out of range.
         """
-        budget_ms = check_budget_ms(budget_ms)
+        budget_ms = math.inf if budget_ms is None else check_budget_ms(budget_ms)
         percentile = self._percentile if percentile is None else check_percentile(percentile)
         with self._lock:
             self._budget_ms = budget_ms
             self._percentile = percentile
             self._target_misses = min(max(1 - percentile / 100, 1e-9), 1 - 1e-9)
-            self._least_margin = self._margin = NormalDist().inv_cdf(1 - self._target_misses)
+            self._least_margin = NormalDist().inv_cdf(1 - self._target_misses)
             self._wanted.clear()
-            self._level, self._reachable = self._fitting_level(extra_load=0.0, work=1.0)
+            self._set_margins()
+            wanted, self._arm = self._choose(budget_ms)
+            self._reachable = wanted <= GRID
+            self._step = min(wanted, GRID)
 
-    def next_level(self, sample: ResourceSample | None = None, *, work: float = 1.0) -> float:
+    def next_level(self, sample: ResourceSample | None = None, *, work: float = 1.0, limit_ms: float = math.inf) -> float:
         """Returns the level in [0, 1] to run the next inference at.
 
         Args:
             sample: the machine's latest sample; None where nothing is known beyond the latencies.
             work: cost of this call as a multiple of what the frontier was measured with (a batch of 4 where it was 1: about 4).
+            limit_ms: time left for this call alone; it tightens this one, later calls keep to the budget.
         """
         with self._lock:
             self._count += 1
-            self._load = self._seen_load if sample is None else _expected_log_slowdown(sample)
-            wanted, self._reachable = self._fitting_level(max(0.0, self._load - self._seen_load - _NEW_LOAD), work)
-            tightest = self._tightest_wanted(wanted)
-            if tightest >= self._level or tightest <= self._level - _DEAD_BAND or tightest == 0:
-                self._level = tightest
-            return self._level
+            if sample is None:
+                self._load = self._seen_load
+            elif sample is not self._sample:
+                self._sample, self._load = sample, _expected_log_slowdown(sample)
+            factor = work
+            extra_load = self._load - self._seen_load - _NEW_LOAD
+            if extra_load > 0.0:
+                factor *= math.exp(extra_load)
+            wanted, arm = self._choose(self._budget_ms / factor)
+            self._reachable = wanted <= GRID
+            wanted = min(wanted, GRID)
+            if self._arm.slowdown.on_trial:  # a spike tightens one inference, a step all that follow
+                step = max(self._step, wanted)
+            else:
+                tightest = self._tightest_wanted(wanted)
+                if tightest >= self._step or tightest <= self._step - _DEAD_BAND or tightest == 0:
+                    self._step = tightest
+                step = self._step
+            if limit_ms < self._budget_ms:
+                tighter, arm = self._choose(limit_ms / factor)
+                self._reachable = tighter <= GRID
+                step = max(step, min(tighter, GRID))
+            self._arm = arm
+            return step / GRID
 
     def observe(
-        self, latency_ms: float, predicted_ms: float, *, level: float | None = None, work: float = 1.0, guarded: bool = False
+        self,
+        latency_ms: float,
+        predicted_ms: float,
+        *,
+        level: float | None = None,
+        threads: int | None = None,
+        work: float = 1.0,
+        guarded_ms: float | None = None,
     ) -> None:
         """Learns from a finished inference; figures that are not finite and positive are ignored.
 
@@ -235,40 +220,84 @@ class LatencyController:
             latency_ms: how long it took, in milliseconds.
             predicted_ms: the cost table's prediction for the steps and rows that were executed, in milliseconds.
             level: the level it began with; None means the one that `next_level` gave last.
+            threads: it ran on; None means `threads`.
             work: as given to `next_level`.
-            guarded: whether the deadline guard skipped more on the way, so that at `level` it would have taken the budget at least.
+            guarded_ms: the limit that the deadline guard skipped more for on the way, in milliseconds, so that at `level` it would have
+                taken as long at least; None where the guard did not act.
         """
+        if not (0 < latency_ms < math.inf and 0 < predicted_ms < math.inf):
+            return
         with self._lock:
-            level = self._level if level is None else level
-            usual_ms = self.frontier.predicted_ms_at(level)
-            idle_ms = self.frontier.latency_ms_at(level)
-            slowdown = _log_ratio(latency_ms, predicted_ms * idle_ms / usual_ms)
-            hardness = _log_ratio(predicted_ms, usual_ms * work)
-            if slowdown is None or hardness is None:
-                return
-            if guarded:
-                hardness = max(hardness, math.log(self._budget_ms / (idle_ms * work)) - slowdown)
-            center, deviation = self._center_and_deviation()
-            exceeded = slowdown + hardness > center + self._margin * deviation
-            self._margin += _MARGIN_RATE * (exceeded - self._target_misses)
-            self._margin = min(max(self._margin, self._least_margin), self._least_margin + _MOST_EXTRA_MARGIN)
-            self._slowdown.update(slowdown)
+            arm = self._arm if threads is None else self._arm_of.get(threads, self._arm)
+            level = self._step / GRID if level is None else level
+            place = level * GRID
+            step = int(place)
+            log_usual = self._log_usual[step] if step == place else math.log(self.frontier.predicted_ms_at(level))
+            log_idle = arm.log_idle(level)
+            log_predicted = math.log(predicted_ms)
+            slowdown = math.log(latency_ms) - log_predicted - log_idle + log_usual
+            hardness = log_predicted - log_usual - (math.log(work) if work != 1.0 else 0.0)
+            if guarded_ms is not None and guarded_ms > 0:
+                hardness = max(hardness, math.log(guarded_ms / work) - log_idle - slowdown)
+            slowdown = min(max(slowdown, -_MOST_LOG), _MOST_LOG)
+            hardness = min(max(hardness, -_MOST_LOG), _MOST_LOG)
+            if not self._is_fresh(arm):
+                arm.slowdown = SlowdownEstimator()
+            arm.seen = self._count
+            margin = arm.margin + _MARGIN_RATE * ((slowdown + hardness > arm.high) - self._target_misses)
+            arm.margin = min(max(margin, self._least_margin), self._least_margin + _MOST_EXTRA_MARGIN)
+            arm.slowdown.update(slowdown)
             surprise = hardness - self._hardness
             self._hardness += _HARDNESS_RATE * surprise
-            self._hardness_variance += _HARDNESS_RATE * ((1 - _HARDNESS_RATE) * surprise**2 - self._hardness_variance)
+            self._hardness_variance += _HARDNESS_RATE * ((1 - _HARDNESS_RATE) * surprise * surprise - self._hardness_variance)
             self._seen_load += _SEEN_RATE * (self._load - self._seen_load)
+            arm.expect(self._hardness, self._hardness_variance)
 
-    def _center_and_deviation(self) -> tuple[float, float]:
-        """Returns mean and deviation of the logarithm of the next latency over the frontier's."""
-        return self._slowdown.mean + self._hardness, math.sqrt(self._slowdown.variance + self._hardness_variance)
+    def _set_arms(self, num_threads: int) -> None:
+        counts = {count for count, _ in self.frontier.fewer_threads if count < num_threads}
+        measured = {count for count, _ in self.frontier.fewer_threads}
+        widest = self.frontier.with_threads(num_threads) if num_threads in measured else self.frontier
+        self._arms = [Arm(num_threads, widest), *(Arm(count, self.frontier.with_threads(count)) for count in sorted(counts, reverse=True))]
+        self._arm_of = {arm.threads: arm for arm in self._arms}
+        self._arm = self._arms[0]
 
-    def _fitting_level(self, extra_load: float, work: float) -> tuple[float, bool]:
-        center, deviation = self._center_and_deviation()
-        factor = work * math.exp(center + extra_load + self._margin * deviation)
-        level, fits = self.frontier.level_for(self._budget_ms / factor)
-        return min(1.0, math.ceil(level * _GRID - 1e-6) / _GRID), fits
+    def _set_margins(self) -> None:
+        for arm in self._arms:
+            arm.margin = self._least_margin
+            arm.expect(self._hardness, self._hardness_variance)
 
-    def _tightest_wanted(self, wanted: float) -> float:
+    def _is_fresh(self, arm: Arm) -> bool:
+        return len(self._arms) == 1 or (arm.seen is not None and self._count - arm.seen <= _FRESH)
+
+    def _choose(self, ms: float) -> tuple[int, Arm]:
+        """Returns the lowest step of the grid at which some number of threads is expected to take at most `ms`, and its arm."""
+        first, *fewer = self._arms
+        if not fewer:
+            return first.fitting_step(ms / first.expected), first
+        spread = max(arm.slowdown.variance for arm in self._arms)
+        others = self._others()
+        best, chosen = GRID + 2, first
+        for arm in self._arms:
+            if self._is_fresh(arm):
+                expected = arm.expected
+            else:
+                expected = arm.expected_beside(others, self._cores, self._hardness, self._hardness_variance, spread)
+            step = arm.fitting_step(ms / expected)
+            if step < best:
+                best, chosen = step, arm
+        return best, chosen
+
+    def _others(self) -> float:
+        """Returns how many cores' worth of threads other programs run, by how slow inferences are and by the last sample."""
+        slowdown = self._arm.slowdown.mean
+        met = other_load(slowdown, self._arm.threads, self._cores) if slowdown > _SLOWED else 0.0
+        sample = self._sample
+        if sample is None or sample.cpu_fraction is None or not sample.per_cpu_fraction:
+            return met
+        seen = (sample.cpu_fraction - (sample.own_cpu_fraction or 0.0)) * len(sample.per_cpu_fraction)
+        return max(met, seen) if seen == seen else met
+
+    def _tightest_wanted(self, wanted: int) -> int:
         """Returns the highest level wanted in the calm window, `wanted` included (a queue of falling levels, its head the highest)."""
         queue, now_s = self._wanted, self._clock()
         while queue and queue[-1][2] <= wanted:
@@ -279,61 +308,7 @@ class LatencyController:
         return queue[0][2]
 
 
-def check_level(level: float) -> float:
-    """Returns `level` as a float.
-
-    Raises:
-        InputError: it is not a number in [0, 1].
-    """
-    if not is_number(level) or not 0 <= level <= 1:
-        raise InputError(f"`level` must be a number in [0, 1] (0 runs everything), got {level!r}.")
-    return float(level)
-
-
-def check_budget_ms(budget_ms: float) -> float:
-    """Returns `budget_ms` as a float.
-
-    Raises:
-        InputError: it is not a finite number > 0.
-    """
-    if not is_number(budget_ms) or budget_ms <= 0:
-        raise InputError(f"`budget_ms` must be a finite number of milliseconds > 0, got {budget_ms!r}.")
-    return float(budget_ms)
-
-
-def check_percentile(percentile: float) -> float:
-    """Returns `percentile` as a float.
-
-    Raises:
-        InputError: it is not a number inside (0, 100).
-    """
-    if not is_number(percentile) or not 0 < percentile < 100:
-        raise InputError(f"`percentile` must be a number inside (0, 100), such as 95, got {percentile!r}.")
-    return float(percentile)
-
-
-def is_number(value: object) -> bool:
-    """Returns whether `value` is a finite real number; True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _fraction(value: float | None) -> float:
-    """Returns `value` clamped to [0, 1]; 0 for None and NaN."""
-    return 0.0 if value is None or math.isnan(value) else min(max(float(value), 0.0), 1.0)
-
-
-def _ramp(value: float, start: float, full: float) -> float:
-    return 0.0 if value <= start else min(1.0, (value - start) / (full - start))
-
-
 def _expected_log_slowdown(sample: ResourceSample) -> float:
     """Returns the logarithm of the slow-down that the shares of CPU time lost suggest: a share p is lost when all takes 1 / (1 - p)."""
-    lost = max(_fraction(sample.cpu_pressure), _fraction(sample.runqueue_wait_fraction), _fraction(sample.throttled_fraction))
+    lost = max(fraction(sample.cpu_pressure), fraction(sample.runqueue_wait_fraction), fraction(sample.throttled_fraction))
     return -math.log(1 - min(lost, _MOST_PRESSURE))
-
-
-def _log_ratio(numerator: float, denominator: float) -> float | None:
-    """Returns log(numerator / denominator) within +-7, or None where one of them is not finite and positive."""
-    if not (0 < numerator < math.inf and 0 < denominator < math.inf):
-        return None
-    return min(max(math.log(numerator) - math.log(denominator), -_MOST_LOG), _MOST_LOG)

@@ -61,16 +61,21 @@ class Frontier:
     Args:
         points: in any order, at least one, one of them at level 0, no level twice.
         machine: words that identify the machine and threads of the measurement; default "" means not known.
+        num_threads: threads that the points were measured with; None where not known.
+        fewer_threads: (threads, latency_ms of each point) of other numbers of threads, so that a controller can choose; default none.
 
     Raises:
-        InputError: no point, no point at level 0, or a level given twice.
+        InputError: no point, no point at level 0, a level given twice, or times for fewer threads that do not fit the points.
     """
 
     points: tuple[OperatingPoint, ...]
     machine: str = ""
+    num_threads: int | None = None
+    fewer_threads: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        points = sorted(self.points, key=lambda point: point.level)
+        order = sorted(range(len(self.points)), key=lambda i: self.points[i].level)
+        points = [self.points[i] for i in order]
         levels = [point.level for point in points]
         if not points or levels[0] != 0:
             raise InputError(f"A frontier needs an operating point at level 0, got levels {levels}.")
@@ -78,6 +83,9 @@ class Frontier:
             raise InputError(f"A frontier takes each level once, got levels {levels}.")
         latencies = _non_increasing([point.latency_ms for point in points])
         predictions = _non_increasing([point.predicted_ms for point in points])
+        fewer = tuple((_thread_count(count), _times(times, order)) for count, times in self.fewer_threads)
+        object.__setattr__(self, "fewer_threads", fewer)
+        object.__setattr__(self, "num_threads", None if self.num_threads is None else _thread_count(self.num_threads))
         object.__setattr__(
             self,
             "points",
@@ -126,10 +134,24 @@ class Frontier:
         share = (level - low.level) / (high.level - low.level)
         return getattr(low, name) + share * (getattr(high, name) - getattr(low, name))
 
+    def with_threads(self, num_threads: int) -> Frontier:
+        """Returns the frontier with the times measured at so many threads in place of the points' own.
+
+        Raises:
+            InputError: nothing was measured at that number.
+        """
+        times = dict(self.fewer_threads).get(num_threads)
+        if times is None:
+            known = [count for count, _ in self.fewer_threads]
+            raise InputError(f"This frontier has no times for {num_threads} threads, only for {known}.")
+        points = tuple(dataclasses.replace(point, latency_ms=ms) for point, ms in zip(self.points, times, strict=True))
+        return Frontier(points, self.machine, num_threads)
+
     def to_json(self) -> str:
         """Returns the frontier as JSON text that `from_json` reads."""
         points = [dataclasses.asdict(point) for point in self.points]
-        return json.dumps({"format": _FORMAT, "machine": self.machine, "points": points}, allow_nan=False)
+        content = {"format": _FORMAT, "machine": self.machine, "num_threads": self.num_threads, "fewer_threads": self.fewer_threads}
+        return json.dumps({**content, "points": points}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Frontier:
@@ -149,8 +171,10 @@ class Frontier:
         try:
             if not isinstance(content["machine"], str):
                 raise InputError(f"`machine` must be text, got {content['machine']!r}.")
-            return cls(tuple(OperatingPoint(**point) for point in content["points"]), content["machine"])
-        except (DynpruneError, TypeError) as error:
+            points = tuple(OperatingPoint(**point) for point in content["points"])
+            fewer = tuple((count, tuple(times)) for count, times in content.get("fewer_threads", ()))
+            return cls(points, content["machine"], content.get("num_threads"), fewer)
+        except (DynpruneError, TypeError, ValueError) as error:
             raise CheckpointError(f"A saved frontier is damaged: {error} Calibrate again.") from error
 
     def table(self) -> str:
@@ -161,6 +185,19 @@ class Frontier:
             for point in self.points
         )
         return "\n".join((head, *rows))
+
+
+def _thread_count(count: object) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"A number of threads of a frontier must be an int >= 1, got {count!r}.")
+    return count
+
+
+def _times(times: Sequence[float], order: Sequence[int]) -> tuple[float, ...]:
+    """Returns the times in the order of the sorted points, never rising."""
+    if len(times) != len(order) or not all(isinstance(ms, numbers.Real) and math.isfinite(ms) and ms > 0 for ms in times):
+        raise InputError(f"Times for fewer threads must be one finite number > 0 per point, got {times!r} for {len(order)} points.")
+    return tuple(_non_increasing([float(times[i]) for i in order]))
 
 
 def _non_increasing(values: Iterable[float]) -> Sequence[float]:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import psutil
 
-from dynprune.control.controller import ResourceSample, is_number
+from dynprune.control.checks import is_number
+from dynprune.control.pressure import ResourceSample
 from dynprune.control.sources import MEMORY_PERIOD_S, Counter, Figures, Source, cpu_quota, file_sources, pressures
 from dynprune.errors import InputError
 
@@ -63,6 +64,7 @@ class ResourceMonitor:
         self.interval_s = float(interval_s)
         self._root = str(root).rstrip("/")
         self._wanted = False
+        self._listeners: weakref.WeakKeyDictionary[object, Callable] = weakref.WeakKeyDictionary()
         self._forget_process()
         _MONITORS.add(self)
 
@@ -100,6 +102,19 @@ class ResourceMonitor:
         if self._sample is None or thread is None or not thread.is_alive():
             self._sample_here()
         return self._sample
+
+    def subscribe(self, listener: Callable[[ResourceSample], object]) -> None:
+        """Calls `listener` with every new sample, in the thread that takes it, as long as the listener's object lives.
+
+        Args:
+            listener: a method; only a weak reference is kept. One that raises is dropped with a warning; one known already is not called
+                twice.
+        """
+        self._listeners[listener.__self__] = listener.__func__
+
+    def unsubscribe(self, listener: Callable[[ResourceSample], object]) -> None:
+        """Calls `listener` no more."""
+        self._listeners.pop(listener.__self__, None)
 
     def sources(self) -> list[SourceState]:
         """Returns what figures can come from on this machine, and what cannot and why, in the order of reading."""
@@ -143,6 +158,12 @@ class ResourceMonitor:
                     self._states[name] = SourceState(name, False, f"dropped: {_reason(error)}")
                     failures.append(f"The resource monitor goes on without its source {name!r}: {_reason(error)}.")
             self._sample = _compose([figures for _, figures in self._figures.values()], now_s, self._wanted_share)
+        for owner, listener in list(self._listeners.items()):
+            try:
+                listener(owner, self._sample)
+            except Exception as error:  # whatever a listener does, the monitor goes on
+                self._listeners.pop(owner, None)
+                failures.append(f"The resource monitor calls a listener no more, which failed with {type(error).__name__}: {error}")
         for failure in failures:
             warnings.warn(failure, RuntimeWarning, stacklevel=2)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 _PRIOR_DEVIATION = 0.05
 """Of the mean before anything was observed: calibration and serving differ by some percent."""
 _LEAST_NOISE = 0.02**2
@@ -13,8 +11,8 @@ _NOISE_RATE = 0.05
 """Share of the newest observation in the estimated noise."""
 _DRIFT = 0.04
 """Random-walk variance per inference as a share of the noise: the filter's gain settles at 0.18."""
-_OUTLIER = 3.0
-"""Deviations from which an observation counts as a jump rather than noise."""
+_OUTLIER_SQUARED = 3.0**2
+"""Square of the deviations from which an observation counts as a jump rather than noise."""
 _TRUST_RATE = 0.4
 """Share of the newest lone outlier in the trust: two in a row that do not last end it, one lasting jump restores it."""
 
@@ -44,20 +42,34 @@ class SlowdownEstimator:
         """Variance of the next observation around `mean`: uncertainty of the mean, drift and noise."""
         return self._uncertainty + (1 + _DRIFT) * self._noise
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether the last observation was taken for a step upwards that the next one may still show to have been a spike."""
+        return self._before_jump is not None
+
     def update(self, log_ratio: float) -> None:
         """Takes in one observation: the logarithm of observed over predicted time, a finite number."""
         if self._before_jump is not None:
             self._judge_jump(log_ratio)
-        variance = self.variance
+        noise = self._noise
+        predicted = self._uncertainty + _DRIFT * noise
+        variance = predicted + noise
         innovation = log_ratio - self.mean
-        side = 0 if innovation**2 <= _OUTLIER**2 * variance else int(math.copysign(1, innovation))
-        predicted = self._uncertainty + _DRIFT * self._noise
-        if side == 0:
+        squared = innovation * innovation
+        if squared <= _OUTLIER_SQUARED * variance:
             gain = predicted / variance
             self.mean += gain * innovation
             self._uncertainty = (1 - gain) * predicted
             self._doubted_side = 0
-        elif side == self._doubted_side:
+        else:
+            squared = _OUTLIER_SQUARED * variance
+            self._outlier(log_ratio, 1 if innovation > 0 else -1)
+        noise += _NOISE_RATE * (squared - predicted - noise)
+        self._noise = _LEAST_NOISE if noise < _LEAST_NOISE else min(noise, _MOST_NOISE)
+
+    def _outlier(self, log_ratio: float, side: int) -> None:
+        """Takes an observation for a step, or waits for the next one to tell."""
+        if side == self._doubted_side:
             self._jump(log_ratio)
             if side > 0:
                 self._trust += _TRUST_RATE * (1 - self._trust)
@@ -66,9 +78,6 @@ class SlowdownEstimator:
             self._jump(log_ratio)
         else:
             self._doubted_side = side
-        squared = min(innovation**2, _OUTLIER**2 * variance)
-        self._noise += _NOISE_RATE * (squared - predicted - self._noise)
-        self._noise = min(max(self._noise, _LEAST_NOISE), _MOST_NOISE)
 
     def _jump(self, log_ratio: float) -> None:
         self.mean = log_ratio

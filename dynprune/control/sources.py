@@ -18,6 +18,8 @@ Figures = dict[str, float]
 
 MEMORY_PERIOD_S = 1.0
 """Memory fills within seconds; reading it less often than the CPU halves the monitor's own cost."""
+_HELD_FRACTION = 0.7
+"""Share of the container's limit held by other than reclaimable files from which hits of the limit mean a lack of memory."""
 _LEAST_DEMAND = 0.01
 """Share of the interval that our threads must have been runnable before their waiting says anything."""
 
@@ -167,8 +169,30 @@ class CgroupCpu:
         return int(stat["throttled_usec"]), int(stat["usage_usec"])
 
 
+class UsableCores:
+    """How many cores this process may use, by affinity and by its container's CPU quota, either of which may change at any time."""
+
+    name = "usable cores"
+    period_s = MEMORY_PERIOD_S
+
+    def __init__(self, root: str) -> None:
+        self._version, self._directories = cgroup_directories(root, "cpu")
+        self.detail = f"{self._cores():g}"
+
+    def read(self, now_s: float) -> Figures:
+        return {"quota_cores": self._cores()}
+
+    def _cores(self) -> float:
+        quotas = (quota_cores(self._version, directory) for directory in self._directories)
+        return min([allowed_cores(), *(quota for quota in quotas if quota is not None)])
+
+
 class CgroupMemory:
-    """Memory of the container against its limit (control groups of version 1 and 2); no figures where there is no limit."""
+    """Memory of the container against its limit (control groups of version 1 and 2); no figures where there is no limit.
+
+    `memory_limit_hits` and `memory_oom_kills` count what happened since the last reading: how often the limit made the kernel reclaim
+    (version 2: `high` and `max` of memory.events, version 1: memory.failcnt), and how often it killed a process.
+    """
 
     name = "container memory limit"
     period_s = MEMORY_PERIOD_S
@@ -177,6 +201,7 @@ class CgroupMemory:
         self._version, directories = _directories_or_error(root, "memory")
         limits = [(limit, directory) for directory in directories if (limit := limit_bytes(self._version, directory)) is not None]
         limit, self._directory = min(limits, default=(None, directories[0]))
+        self._hits, self._kills = Counter(), Counter()
         self._used_bytes()
         self.detail = f"version {self._version}, " + ("no limit" if limit is None else f"{limit / 2**20:.0f} MiB")
 
@@ -184,13 +209,32 @@ class CgroupMemory:
         used, limit = self._used_bytes(), limit_bytes(self._version, self._directory)
         if not limit:
             return {}
-        return {"container_memory_fraction": min(1.0, used / limit), "memory_available_bytes": max(0, limit - used)}
+        figures = {"container_memory_fraction": min(1.0, used / limit), "memory_available_bytes": max(0, limit - used)}
+        grown = zip(("memory_limit_hits", "memory_oom_kills"), (self._hits, self._kills), self._events(), strict=True)
+        return figures | {name: growth for name, counter, total in grown if (growth := counter.growth(total)) is not None}
+
+    def _events(self) -> tuple[int, int]:
+        """Returns how often the limit was hit, and how many processes were killed for it; 0 where this kernel does not tell."""
+        if self._version == 2:
+            events = _numbers(f"{self._directory}/memory.events")
+            return events.get("high", 0) + events.get("max", 0), events.get("oom_kill", 0)
+        hits = _numbers(f"{self._directory}/memory.failcnt", "hits")
+        return hits.get("hits", 0), _numbers(f"{self._directory}/memory.oom_control").get("oom_kill", 0)
 
     def _used_bytes(self) -> int:
         """Returns the bytes in use, without the file pages that the kernel drops first."""
         current, inactive = ("memory.usage_in_bytes", "total_inactive_file") if self._version == 1 else ("memory.current", "inactive_file")
         stat = dict(line.split() for line in read_text(f"{self._directory}/memory.stat").splitlines())
         return max(0, int(read_text(f"{self._directory}/{current}")) - int(stat[inactive]))
+
+
+def _numbers(path: str, name: str = "") -> dict[str, int]:
+    """Returns the "name number" lines of a file of the kernel, or its one number under `name`; nothing where there is no such file."""
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return {}
+    return {name: int(text)} if name else {key: int(value) for key, value in (line.split() for line in text.splitlines())}
 
 
 def _directories_or_error(root: str, controller: str) -> tuple[int, list[str]]:
@@ -210,15 +254,30 @@ def _total_us(path: str) -> int:
 
 def cpu_quota(root: str = "/") -> float:
     """Returns how many cores this process may use, by affinity and by the quota of its container; 1.5 means one and a half."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_quota(root)
-    return float(allowed) if quota is None else min(float(allowed), quota)
+    return allowed_cores() if quota is None else min(allowed_cores(), quota)
+
+
+def thread_cap(quota_cores: float | None = None) -> int:
+    """Returns the most threads that a run should use: the whole cores within affinity and quota, at least 1.
+
+    One thread more than the quota has whole cores uses it up before its period ends, and then every thread waits for the rest of it.
+
+    Args:
+        quota_cores: cores that may be used; None asks the system.
+    """
+    return max(1, int(cpu_quota() if quota_cores is None else quota_cores))
+
+
+def allowed_cores() -> float:
+    """Returns how many cores the system's affinity lets this process use."""
+    return float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def file_sources(root: str) -> list[tuple[str, Callable[[], Source]]]:
     """Returns the name of every source of this file and what opens it under `root`, in the order of reading."""
     return [
-        *((kind.name, partial(kind, root)) for kind in (RunQueue, Steal, CgroupCpu, CgroupMemory)),
+        *((kind.name, partial(kind, root)) for kind in (RunQueue, Steal, CgroupCpu, UsableCores, CgroupMemory)),
         *((f"{kind} pressure stall", partial(PressureStall, root, kind)) for kind in ("cpu", "memory", "io")),
     ]
 
@@ -228,7 +287,8 @@ def pressures(figures: Figures, wanted_share: float) -> tuple[float | None, floa
 
     CPU pressure p means that p of the CPU time wanted is not got, so that everything takes 1 / (1 - p) times as long. It is the
     largest of what was met (waiting, throttling, steal, stalls) and of what an inference on all our cores would meet: the load of
-    others beyond the cores that stay free.
+    others beyond the cores that stay free. Memory pressure is the largest share in use or stalled on; it is 1 where the kernel killed a
+    process of the container, or had to reclaim at the limit although most of the memory is not files that it drops first.
 
     Args:
         figures: by the names of `ResourceSample`.
@@ -243,4 +303,8 @@ def pressures(figures: Figures, wanted_share: float) -> tuple[float | None, floa
         excess = max(0.0, others + wanted_share - 1)
         cpu.append(excess / (wanted_share + excess))
     memory_names = ("container_memory_fraction", "host_memory_fraction", "memory_stall_fraction")
-    return max(cpu, default=None), max((figures[name] for name in memory_names if name in figures), default=None)
+    memory = [figures[name] for name in memory_names if name in figures]
+    hit = figures.get("memory_limit_hits") and figures.get("container_memory_fraction", 0.0) >= _HELD_FRACTION
+    if hit or figures.get("memory_oom_kills"):
+        memory.append(1.0)
+    return max(cpu, default=None), max(memory, default=None)

@@ -7,6 +7,7 @@ import json
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,7 +25,8 @@ FORMAT = 1
 """Goes up when files can no longer be read by older versions."""
 
 _KEY = "dynprune"
-_LEVEL_MS = "costs.level_ms"
+_COSTS = "costs."
+_ARRAYS = ("level_ms", "run_share", "work_share", "site_share")
 
 
 def save(dm: DynamicModel, path: str | PathLike) -> None:
@@ -52,7 +54,7 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
         "costs": None,
     }
     if dm.costs is not None:
-        tensors[_LEVEL_MS] = torch.from_numpy(dm.costs.level_ms).contiguous()
+        tensors |= {_COSTS + name: torch.from_numpy(values).contiguous() for name, values in _arrays(dm.costs).items()}
         about["costs"] = {
             "fixed_ms": list(dm.costs.fixed_ms),
             "scaled_ms": list(dm.costs.scaled_ms),
@@ -64,7 +66,7 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
         raise CheckpointError(f"{str(path)!r} cannot be written: {error}") from error
 
 
-def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
+def load(path: str | PathLike, model: nn.Module, *, remeasure: bool) -> DynamicModel:
     """Returns a `DynamicModel` of `model` with what is in the file; see `DynamicModel.load`."""
     from dynprune.runtime.model import DynamicModel
 
@@ -80,14 +82,16 @@ def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
         dm = DynamicModel(model, example, **{name: about[name] for name in ("include", "exclude", "group_size", "exact")})
         if [[site.name, site.kind, site.num_groups] for site in dm.sites] != about["sites"]:
             raise CheckpointError(f"{str(path)!r} was saved with gates at other sites than this version finds; calibrate the model again.")
-        level_ms = tensors.pop(_LEVEL_MS, None)
+        arrays = {name: tensors.pop(_COSTS + name).double().numpy() for name in _ARRAYS if _COSTS + name in tensors}
         dm.gates.load_state_dict(tensors)
         if about["frontier"] is not None:
             costs = about["costs"]
             table = None
             if costs is not None:
-                table = CostTable(tuple(costs["fixed_ms"]), tuple(costs["scaled_ms"]), level_ms.double().numpy(), costs["signature"])
+                table = CostTable(tuple(costs["fixed_ms"]), tuple(costs["scaled_ms"]), signature=costs["signature"], **arrays)
             dm.set_frontier(Frontier.from_json(about["frontier"]), table)
+            if remeasure and table is not None and table.run_share is not None and not dm.measured_here:
+                dm.remeasure()
         return dm
     except CheckpointError:
         raise
@@ -102,6 +106,10 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _arrays(costs: CostTable) -> dict[str, np.ndarray]:
+    return {name: values for name in _ARRAYS if (values := getattr(costs, name)) is not None}
 
 
 def _read(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -19,6 +19,9 @@ class CostTable:
         level_ms: f64 (levels, steps), mean prediction over the calibration inputs at level i / (levels - 1); the rests of these sums
             tell a gate whether the deadline can still be met.
         signature: of the plan; see `plan_signature`.
+        run_share, work_share: f64 (levels, steps), mean over the calibration inputs of the share of samples that ran the step, and of
+            the rows x columns that ran: `level_ms = fixed_ms * run_share + scaled_ms * work_share`. None in files of before.
+        site_share: f64 (levels, sites of the plan), mean share of each site's groups that ran. None in files of before.
 
     Raises:
         InputError: the sizes do not fit each other.
@@ -28,11 +31,19 @@ class CostTable:
     scaled_ms: tuple[float, ...]
     level_ms: np.ndarray
     signature: str
+    run_share: np.ndarray | None = None
+    work_share: np.ndarray | None = None
+    site_share: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         sizes = (len(self.fixed_ms), len(self.scaled_ms), *self.level_ms.shape[1:])
         if self.level_ms.ndim != 2 or len(set(sizes)) > 1:
             raise InputError(f"A cost table needs one entry per step in all its parts, got {self.level_ms.shape} and {sizes[:2]}.")
+        for share in (self.run_share, self.work_share):
+            if share is not None and share.shape != self.level_ms.shape:
+                raise InputError(
+                    f"The shares of a cost table must have the shape of its level_ms {self.level_ms.shape}, got {share.shape}."
+                )
 
     def fits(self, plan: Plan) -> bool:
         """Whether the table was measured on a plan of these steps."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +55,8 @@ class Engine:
         costs: predicted times of this plan's steps, or None.
         num_threads: threads of one run, >= 1.
         isa: instruction set; None for the fastest here, or what DYNPRUNE_MAX_ISA allows.
+        lean: spend as little memory as possible: no repacked weights (so no Winograd convolutions), batches sample by sample, and
+            callers take turns in one workspace.
 
     Raises:
         IsaError: the instruction set is unknown or cannot run here.
@@ -68,12 +72,15 @@ class Engine:
         costs: CostTable | None = None,
         num_threads: int = 1,
         isa: str | None = None,
+        lean: bool = False,
     ):
         self.plan = plan
+        self._max_group = 1 if lean else MAX_GROUP
+        self._turn = threading.Lock() if lean else contextlib.nullcontext()
         self.num_threads = num_threads
         self.isa = choose_isa() if isa is None else isa
         try:
-            self._compiled = _C.Plan(plan.to_spec(), self.isa, num_threads)
+            self._compiled = _C.Plan(_lean_spec(plan) if lean else plan.to_spec(), self.isa, num_threads)
         except ValueError as error:
             raise PlanError(str(error)) from error
         self._segments = _segments(plan)
@@ -94,6 +101,7 @@ class Engine:
         deadline_ns: int = 0,
         slowdown: float = 1.0,
         active: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        num_threads: int | None = None,
     ) -> tuple[list[Any], Execution]:
         """Returns the flattened outputs and what was executed.
 
@@ -103,21 +111,23 @@ class Engine:
             deadline_ns: time of `time.monotonic_ns` at which the result is due; gates tighten on the way to meet it. 0 for none.
             slowdown: how many times slower than its cost table the machine is now.
             active: choices in place of the gates': site name to one ascending list of groups per sample; other sites run whole.
+            num_threads: of this run; None for the engine's.
 
         Raises:
             InputError: `active` does not fit the sites.
             PlanError: the memory for this batch cannot be had.
         """
         batch = inputs[0].shape[self.plan.inputs[0].batch_dim] if inputs else 1
-        if self._torch_steps or self.plan.fixed_batch is not None or batch <= MAX_GROUP:
-            return self._run_group(inputs, batch, level, deadline_ns, slowdown, active)
-        groups = -(-batch // MAX_GROUP)
+        threads = num_threads or self.num_threads
+        if self._torch_steps or self.plan.fixed_batch is not None or batch <= self._max_group:
+            return self._run_group(inputs, batch, level, deadline_ns, slowdown, active, threads)
+        groups = -(-batch // self._max_group)
         results = []
         for i in range(groups):
             first, last = batch * i // groups, batch * (i + 1) // groups
             part = [x[first:last] for x in inputs]
             lists = None if active is None else {name: chosen[first:last] for name, chosen in active.items()}
-            results.append(self._run_group(part, last - first, level, deadline_ns, slowdown, lists))
+            results.append(self._run_group(part, last - first, level, deadline_ns, slowdown, lists, threads))
         return _join(results)
 
     def step_times_ms(self, inputs: Sequence[Tensor], *, active: Mapping[str, Sequence[Sequence[int]]] | None = None) -> list[float]:
@@ -126,7 +136,7 @@ class Engine:
         workspace = self._acquire(batch)
         workspace.set_profiling(True)
         try:
-            self._execute(workspace, inputs, batch, 0.0, 0, 1.0, active)
+            self._execute(workspace, inputs, batch, 0.0, 0, 1.0, active, self.num_threads)
             return workspace.step_ms()
         finally:
             workspace.set_profiling(False)
@@ -154,15 +164,16 @@ class Engine:
                 f"A batch of {batch} needs {needed / 2**20:.0f} MiB for its activations, which cannot be had; use a smaller batch."
             ) from error
 
-    def _run_group(self, inputs, batch, level, deadline_ns, slowdown, active) -> tuple[list[Any], Execution]:
-        workspace = self._acquire(batch)
-        try:
-            outputs = self._execute(workspace, inputs, batch, level, deadline_ns, slowdown, active)
-            return outputs, _execution(workspace)
-        finally:
-            self._compiled.release(workspace)
+    def _run_group(self, inputs, batch, level, deadline_ns, slowdown, active, threads) -> tuple[list[Any], Execution]:
+        with self._turn:
+            workspace = self._acquire(batch)
+            try:
+                outputs = self._execute(workspace, inputs, batch, level, deadline_ns, slowdown, active, threads)
+                return outputs, _execution(workspace)
+            finally:
+                self._compiled.release(workspace)
 
-    def _execute(self, workspace, inputs, batch, level, deadline_ns, slowdown, active) -> list[Any]:
+    def _execute(self, workspace, inputs, batch, level, deadline_ns, slowdown, active, threads) -> list[Any]:
         if active is None:
             workspace.begin(level, deadline_ns, slowdown)
         else:
@@ -176,11 +187,11 @@ class Engine:
                 tensors[view.buffer] = out = torch.empty((batch, *view.sizes))
                 workspace.bind(view.buffer, out.data_ptr(), out.numel() // batch, out)
         if not self._torch_steps:
-            workspace.run(0, len(self.plan.steps), self.num_threads)
+            workspace.run(0, len(self.plan.steps), threads)
             return [tensors[view.buffer] if isinstance(view, View) else view for view in self.plan.outputs]
-        return self._run_segments(workspace, batch, tensors)
+        return self._run_segments(workspace, batch, tensors, threads)
 
-    def _run_segments(self, workspace, batch: int, tensors: dict[int, Tensor]) -> list[Any]:
+    def _run_segments(self, workspace, batch: int, tensors: dict[int, Tensor], threads: int) -> list[Any]:
         arena = self._arena_tensor(workspace, batch)
         values: dict[str, Any] = {self.plan.buffers[b].name: tensors[b] for b in self._buffer_of_input}
 
@@ -202,7 +213,7 @@ class Engine:
         for first, last in self._segments:
             call = self.plan.steps[first].torch_call
             if call is None:
-                workspace.run(first, last, self.num_threads)
+                workspace.run(first, last, threads)
             elif self._some_sample_runs(workspace, first, batch):
                 self._call_torch(call, resolve, window, values, arena)
         return [self._result(output, tensors, values) for output in self.plan.outputs]
@@ -291,6 +302,15 @@ def _array(tensor: Tensor) -> np.ndarray:
 def _no_input(gate: Gate) -> tuple[np.ndarray, np.ndarray]:
     """A gate that ignores its input has rank 0 in the engine."""
     return np.zeros((0, gate.in_channels), np.float32), np.zeros((gate.num_groups, 0), np.float32)
+
+
+def _lean_spec(plan: Plan) -> dict[str, Any]:
+    """Returns the plan's specification with convolutions that read their weights as they are."""
+    spec = plan.to_spec()
+    for step in spec["steps"]:
+        if step["op"] == "conv":
+            step["ints"] = {**step["ints"], "winograd": [0]}
+    return spec
 
 
 def _segments(plan: Plan) -> list[tuple[int, int]]:

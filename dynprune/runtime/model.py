@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from os import PathLike
@@ -17,22 +18,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dynprune.control.controller import LatencyController, PressurePolicy, check_level, check_percentile, is_number
+from dynprune.control.checks import check_level, check_percentile, is_number
+from dynprune.control.controller import LatencyController
 from dynprune.control.frontier import Frontier
 from dynprune.control.monitor import ResourceMonitor
+from dynprune.control.pressure import PressurePolicy, ResourceSample
+from dynprune.control.sources import allowed_cores, thread_cap
 from dynprune.errors import CalibrationError, InputError, UnsupportedModelError
 from dynprune.gates.attach import Attachment, check_site_names, make_gate
 from dynprune.gates.heads import Gate, gate_key
 from dynprune.graph.capture import Graph
 from dynprune.graph.sites import Site, Ungated
 from dynprune.runtime.costs import CostTable
-from dynprune.runtime.engine import Engine, Execution
+from dynprune.runtime.engine import Engine, Execution, choose_isa
 from dynprune.runtime.explain import explain
 from dynprune.runtime.islands import Islands
 from dynprune.runtime.ops import CallForm, compiled_call, register
 from dynprune.runtime.plan import Plan
+from dynprune.runtime.profile import machine_name
+from dynprune.runtime.reclaim import return_freed_memory
 from dynprune.runtime.session import Session, sites_in_common
-from dynprune.runtime.statistics import Stats, StatsRecorder
+from dynprune.runtime.statistics import LastCall, Stats, StatsRecorder
 from dynprune.runtime.watch import Watch
 
 MAX_SESSIONS = 8
@@ -94,9 +100,13 @@ class DynamicModel(nn.Module):
         self.attachment: Attachment | None = None
         self._level = 0.0
         self._controller: LatencyController | None = None
+        self._deadlines: LatencyController | None = None
         self._monitor: ResourceMonitor | None = None
         self._policy = PressurePolicy()
-        self._num_threads = torch.get_num_threads()
+        self._wanted_threads = torch.get_num_threads()
+        self._num_threads = min(self._wanted_threads, thread_cap())
+        self._lean = False
+        self._strained_ns = 0
         self._example: tuple[tuple, dict[str, Any]] | None = None
         self._sessions: dict[Any, Session] = {}
         self._lock = threading.RLock()
@@ -106,6 +116,7 @@ class DynamicModel(nn.Module):
         self._model_watch: Watch | None = None
         self._gate_watch: Watch | None = None
         self._recorder = StatsRecorder()
+        self._last_call = LastCall(0.0, 0.0, self._num_threads)
         self._warned: set[str] = set()
         self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
         self._islands: Islands | None = None
@@ -124,8 +135,8 @@ class DynamicModel(nn.Module):
 
         Args:
             args, kwargs: of the model. Dimension 0 of every tensor is the batch.
-            deadline: `time.monotonic()` seconds at which the result is due; gates tighten on the way to meet it. Default None: the
-                latency budget alone counts.
+            deadline: `time.monotonic()` seconds at which the result is due, with or without a latency budget. A calibrated model starts
+                at a level that fits the time left, and gates tighten on the way to meet it. Default None: the latency budget alone counts.
 
         Raises:
             InputError: the model does not take these inputs.
@@ -147,22 +158,30 @@ class DynamicModel(nn.Module):
             self._warn_once("capture", f"Calls of this form run in PyTorch: {error}")
             return self._run_in_pytorch(args, kwargs)
         controller = None if self.training else self._controller
-        level = self._next_level(controller, session.batch_of(inputs))
+        if controller is None and deadline is not None and not self.training:
+            controller = self._deadline_controller()
+        level = self._next_level(controller, session.batch_of(inputs), (due_ns - began_ns) * 1e-6)
         if not self._runs_on_engine(inputs):
             result, _ = self.attachment.run(args, kwargs, level=level)
             return result
-        slowdown = 1.0
+        slowdown, threads = 1.0, None
         if controller is not None:
-            due_ns, slowdown = min(due_ns, began_ns + int(controller.budget_ms * 1e6)), controller.slowdown
+            threads = controller.threads
+            limit_ms = min(controller.budget_ms, (due_ns - began_ns) * 1e-6)
+            due_ns, slowdown = max(1, began_ns + int(limit_ms * 1e6)), controller.pace
         engine = session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
-        outputs, execution = engine.run(inputs, level=level, deadline_ns=due_ns % _FAR_NS, slowdown=slowdown)
+        outputs, execution = engine.run(inputs, level=level, deadline_ns=due_ns % _FAR_NS, slowdown=slowdown, num_threads=threads)
         result = session.pack(outputs)
         latency_ms = (time.monotonic_ns() - began_ns) * 1e-6
+        self._last_call = LastCall(level, execution.level, threads or self._num_threads)
         missed = False
         if controller is not None:
-            missed, guarded = latency_ms > controller.budget_ms, execution.guard_actions > 0
+            missed, guarded_ms = latency_ms > limit_ms, None
+            if execution.guard_actions > 0:
+                guarded_ms, reached = limit_ms, self.frontier.accuracy_at(execution.level)
+                self._recorder.add_guarded(execution.level - level, self.frontier.accuracy_at(level) - reached)
             work = float(session.batch_of(inputs))
-            controller.observe(latency_ms, execution.predicted_ms, level=level, work=work, guarded=guarded)
+            controller.observe(latency_ms, execution.predicted_ms, level=level, threads=threads, work=work, guarded_ms=guarded_ms)
         self._record(session, inputs, execution, latency_ms, missed)
         return result
 
@@ -227,36 +246,68 @@ class DynamicModel(nn.Module):
             raise CalibrationError("A latency budget needs to know what each level costs; call calibrate(dm, data) first.")
         percentile = check_percentile(percentile)
         if self._controller is None:
-            self._controller = LatencyController(self.frontier, budget_ms=ms, percentile=percentile)
+            self._controller = self._new_controller(ms, percentile)
         else:
             self._controller.set_budget(ms, percentile=percentile)
         self._warned.discard("budget")
 
     def attach_monitor(self, monitor: ResourceMonitor | None) -> None:
-        """Lets `monitor` tighten the gates under CPU load and memory pressure, and starts it; None detaches."""
+        """Lets `monitor` act on this model, and starts it; None detaches. Attaching the same one again changes nothing.
+
+        CPU load tightens the gates and caps the threads at the container's quota. Memory pressure makes the model `lean` first, then
+        tightens the gates; see `set_pressure_policy`.
+        """
         if monitor is not None and not isinstance(monitor, ResourceMonitor):
             raise InputError(f"`monitor` must be a ResourceMonitor or None, got {type(monitor).__name__}.")
+        if self._monitor is not None and monitor is not self._monitor:
+            self._monitor.unsubscribe(self._on_sample)
         self._monitor = monitor
         if monitor is not None:
+            monitor.subscribe(self._on_sample)
             monitor.start()
 
     def set_pressure_policy(self, policy: PressurePolicy) -> None:
-        """Sets how tight the gates are at least under the pressures that the monitor reports."""
+        """Sets what the pressures that the monitor reports do to the model: level floors, and from when on it runs lean."""
         if not isinstance(policy, PressurePolicy):
             raise InputError(f"`policy` must be a PressurePolicy, got {type(policy).__name__}.")
         self._policy = policy
 
     def set_num_threads(self, num_threads: int) -> None:
-        """Runs later calls on `num_threads` threads; the default is `torch.get_num_threads()` when the model was wrapped."""
+        """Runs later calls on `num_threads` threads; the default is `torch.get_num_threads()` when the model was wrapped.
+
+        Never more than the cores that affinity and the container's CPU quota allow: with more, the quota is used up early and all wait.
+        """
         if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
             raise InputError(f"`num_threads` must be an int >= 1, got {num_threads!r}.")
-        self._num_threads = num_threads
+        self._wanted_threads = num_threads
+        self._use_threads(min(num_threads, thread_cap()))
         self._refresh_sessions(weights=False)
 
     @property
     def num_threads(self) -> int:
-        """Threads of one call."""
+        """Threads of one call: those asked for, but no more than affinity and the container's CPU quota allow."""
         return self._num_threads
+
+    @property
+    def lean(self) -> bool:
+        """Whether the model runs with as little memory as it can; a monitor sets it under memory pressure."""
+        return self._lean
+
+    def set_lean(self, lean: bool) -> None:
+        """Makes the model run with as little memory as it can, or ends that; outputs stay the same up to rounding.
+
+        Lean, repacked weights are dropped (3x3 convolutions run without Winograd's algorithm: the whole model is slower, a quarter of it
+        about as fast), so are plans and workspaces of other input shapes and idle ones; batches run one sample at a time and concurrent
+        calls take turns. Calls go on meanwhile on what is there until the new engine is built.
+        """
+        with self._lock:
+            self._lean = bool(lean)
+            newest = max(self._sessions.values(), key=lambda session: session.last_used_ns, default=None)
+            for session in self._sessions.values():
+                if lean and session is not newest:
+                    session.refresh(weights=True)
+                session.set_lean(self._lean, self._gate_of, costs=self.costs, num_threads=self._num_threads)
+        return_freed_memory()
 
     # ------------------------------------------------------------------ what it is and did
 
@@ -297,6 +348,11 @@ class DynamicModel(nn.Module):
         budget_ms = None if controller is None else controller.budget_ms
         return self._recorder.summary(level=self.level, budget_ms=budget_ms)
 
+    @property
+    def last_call(self) -> LastCall:
+        """How the last call on the engine ran; of calls that overlap, the one that ended last."""
+        return self._last_call
+
     def reset_stats(self) -> None:
         """Forgets the statistics."""
         self._recorder.reset()
@@ -318,10 +374,38 @@ class DynamicModel(nn.Module):
     def set_frontier(self, frontier: Frontier, costs: CostTable | None) -> None:
         """Takes what a calibration found; the next call uses it."""
         self.frontier, self.costs = frontier, costs
+        self._deadlines = None
         if self._controller is not None:
             budget_ms, percentile = self._controller.budget_ms, self._controller.percentile
-            self._controller = LatencyController(frontier, budget_ms=budget_ms, percentile=percentile)
+            self._controller = self._new_controller(budget_ms, percentile)
         self._refresh_sessions(weights=False)
+
+    @property
+    def measured_here(self) -> bool:
+        """Whether the frontier's times were measured on a machine of this name, for as many threads as are used now."""
+        frontier = self.frontier
+        if frontier is None:
+            return False
+        counts = {frontier.num_threads, *(count for count, _ in frontier.fewer_threads)}
+        return frontier.machine == machine_name(choose_isa()) and self._num_threads in counts
+
+    def remeasure(self, *inputs: Any) -> Frontier:
+        """Measures the times of the calibrated model again on this machine, in some seconds, and returns the new frontier.
+
+        Gates, skip rates and accuracies stay. Run it on an otherwise idle machine.
+
+        Args:
+            inputs: a typical call of one sample, for the gates to choose from; without it random channels run, as many at each level as
+                calibration saw.
+
+        Raises:
+            CalibrationError: the model was not calibrated, or its file is too old to tell how much runs at each level.
+        """
+        from dynprune.runtime.remeasure import remeasured
+
+        frontier, costs = remeasured(self, inputs)
+        self.set_frontier(frontier, costs)
+        return frontier
 
     def refresh(self) -> None:
         """Makes the engine take the weights as they are now; needed only after writes through `tensor.data`, which leave no trace."""
@@ -336,15 +420,21 @@ class DynamicModel(nn.Module):
         save(self, path)
 
     @staticmethod
-    def load(path: str | PathLike, model: nn.Module) -> DynamicModel:
+    def load(path: str | PathLike, model: nn.Module, *, remeasure: bool = True) -> DynamicModel:
         """Returns a `DynamicModel` of `model` with what `save` wrote.
+
+        Args:
+            path: of the file.
+            model: with the weights that it was saved for.
+            remeasure: whether to measure the times again, in some seconds, where the file comes from a machine of another name or was
+                not measured for as many threads; see `remeasure`.
 
         Raises:
             CheckpointError: the file is damaged or foreign, was written by a newer version, or belongs to another model.
         """
         from dynprune.runtime.checkpoint import load
 
-        return load(path, model)
+        return load(path, model, remeasure=remeasure)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicModel:
         twin = DynamicModel(
@@ -354,6 +444,7 @@ class DynamicModel(nn.Module):
             twin._session_for(*copy.deepcopy(self._example, memo))
             twin.gates.load_state_dict(self.gates.state_dict())
         twin._level, twin._num_threads, twin._policy = self._level, self._num_threads, self._policy
+        twin._wanted_threads = self._wanted_threads
         if self.frontier is not None:
             twin.set_frontier(self.frontier, self.costs)
         return twin
@@ -395,9 +486,7 @@ class DynamicModel(nn.Module):
     def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
         """Returns what calls that share a session have in common, and the call's tensors."""
         leaves = args if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) else pytree.tree_leaves((args, kwargs))
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not inputs:
-            raise InputError("The model needs at least one tensor, whose dimension 0 is the batch; got none.")
+        inputs = _tensors(leaves)
         key = (
             tuple((x.shape[1:], x.dtype) for x in inputs),
             None if len(leaves) == len(inputs) else tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
@@ -439,6 +528,7 @@ class DynamicModel(nn.Module):
             session.sites = sites_in_common(session.sites, self._sites)
         if len(self._sessions) == MAX_SESSIONS:
             del self._sessions[min(self._sessions, key=lambda known: self._sessions[known].last_used_ns)]
+        session.set_lean(self._lean, self._gate_of, costs=self.costs, num_threads=self._num_threads)
         self._sessions[key] = session
         return session
 
@@ -459,9 +549,8 @@ class DynamicModel(nn.Module):
     def _run_in_pytorch(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Returns the model's output of a call that has no plan."""
         self._follow_changes()
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        batch = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
-        level = self._next_level(None if self.training else self._controller, batch)
+        tensors = _tensors(pytree.tree_leaves((args, kwargs)))
+        level = max(self.level, self._next_level(None, 1, math.inf))
         call = partial(self.attachment.run, args, kwargs, level=level)
         if self.training or level <= 0 or not self._runs_on_engine(tensors):
             return call()[0]
@@ -515,21 +604,60 @@ class DynamicModel(nn.Module):
             return False
         return self._model_watch.on_cpu()
 
-    def _next_level(self, controller: LatencyController | None, batch: int) -> float:
+    def _deadline_controller(self) -> LatencyController | None:
+        """Returns what picks levels for calls with a deadline but no budget; None before calibration."""
+        if self._deadlines is None and self.frontier is not None:
+            self._deadlines = self._new_controller(None, 95)
+        return self._deadlines
+
+    def _new_controller(self, budget_ms: float | None, percentile: float) -> LatencyController:
+        options = {"percentile": percentile, "num_threads": self._num_threads, "cores": allowed_cores()}
+        return LatencyController(self.frontier, budget_ms=budget_ms, **options)
+
+    def _use_threads(self, num_threads: int) -> None:
+        """Runs later calls on at most so many threads."""
+        with self._lock:
+            self._num_threads = num_threads
+            for controller in (self._controller, self._deadlines):
+                if controller is not None:
+                    controller.set_num_threads(num_threads)
+            for session in self._sessions.values():
+                session.set_num_threads(num_threads)
+
+    def _next_level(self, controller: LatencyController | None, batch: int, limit_ms: float) -> float:
         monitor = self._monitor
         sample = None if monitor is None else monitor.sample()
         level = self._level
         if controller is not None:
-            level = controller.next_level(sample, work=float(batch))
-            if not controller.reachable:
+            picked = controller.next_level(sample, work=float(batch), limit_ms=limit_ms)
+            level = picked if controller is self._controller else max(level, picked)
+            if not controller.reachable and limit_ms >= controller.budget_ms:
                 self._warn_once(
                     "budget",
                     f"No level is expected to keep the budget of {controller.budget_ms:g} ms; running at level 1. "
                     "stats().budget_misses counts the misses.",
                 )
         if sample is not None and not self.training:
-            level = max(level, self._policy.level_floor(sample))
+            level = max(level, self._policy.level_floor(sample, under_budget=self._controller is not None))
         return level
+
+    def _on_sample(self, sample: ResourceSample) -> None:
+        """Acts on what the monitor saw, in its thread: threads within the quota, memory given back under pressure."""
+        threads = min(self._wanted_threads, thread_cap(sample.quota_cores))
+        if threads != self._num_threads:
+            self._use_threads(threads)
+        now_ns = time.monotonic_ns()
+        lean = self._policy.lean(sample, now=self._lean)
+        if lean:
+            self._strained_ns = now_ns
+        if lean != self._lean and (lean or now_ns - self._strained_ns > _CALM_NS):
+            self.set_lean(lean)
+        elif self._lean:
+            with self._lock:
+                idle = [session for session in self._sessions.values() if session.last_used_ns < now_ns - _CALM_NS]
+                newest = max(self._sessions.values(), key=lambda session: session.last_used_ns, default=None)
+                for session in idle:
+                    session.let_go(plan=session is not newest)
 
     def _record(self, session: Session, inputs: list[Tensor], execution: Execution, latency_ms: float, missed: bool) -> None:
         batch = session.batch_of(inputs)
@@ -552,16 +680,8 @@ class DynamicModel(nn.Module):
             warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether an argument is made of nothing but tensors, values and containers that a graph can be captured for; a cache is not."""
-    if isinstance(value, Tensor | None | bool | int | float | str):
-        return True
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    return is_dataclass(value) and all(_is_plain(getattr(value, item.name)) for item in fields(value))
-
+_CALM_NS = 10_000_000_000
+"""A model runs lean for this long after the last memory pressure; lean, it keeps the plan of a shape so long after its last call."""
 
 _FAR_NS = 2**62
 """Later than any deadline, in nanoseconds."""
@@ -571,3 +691,21 @@ def _due_ns(deadline: float) -> int:
     if not is_number(deadline):
         raise InputError(f"`deadline` must be a finite number of seconds on the clock of time.monotonic(), got {deadline!r}.")
     return min(max(1, int(deadline * 1e9)), _FAR_NS)
+
+
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError("The model needs at least one tensor, whose dimension 0 is the batch; got none.")
+    return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is made of nothing but tensors, values and containers that a graph can be captured for; a cache is not."""
+    if isinstance(value, Tensor | None | bool | int | float | str):
+        return True
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return is_dataclass(value) and all(_is_plain(getattr(value, item.name)) for item in fields(value))

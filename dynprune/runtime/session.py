@@ -51,6 +51,7 @@ class Session:
         self._exact = exact
         self.last_used_ns = 0
         self._lock = threading.Lock()
+        self._lean = False
         self._plan: Plan | None = None
         self._engine: Engine | None = None
         self._totals: Totals | None = None
@@ -78,8 +79,7 @@ class Session:
             return engine
         with self._lock:
             if self._engine is None:
-                sites = {site.name: site for site in self.sites.sites}
-                self._engine = Engine(self._lowered(), sites, gates, costs=costs, num_threads=num_threads)
+                self._engine = self._built(gates, costs, num_threads)
             return self._engine
 
     def refresh(self, *, weights: bool) -> None:
@@ -89,9 +89,25 @@ class Session:
             if weights:
                 self._plan = self._totals = None
 
-    def trim(self) -> None:
-        """Lets go of memory that no run uses."""
+    def set_lean(self, lean: bool, gates: Mapping[str, Gate], *, costs: CostTable | None, num_threads: int) -> None:
+        """Makes the engine a lean one, or an ordinary one again (see `Engine`); calls use the present one until the new one is built."""
+        with self._lock:
+            if lean == self._lean:
+                return
+            self._lean = lean
+            if self._engine is not None:
+                self._engine = self._built(gates, costs, num_threads)
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Runs later calls on so many threads."""
         if self._engine is not None:
+            self._engine.num_threads = num_threads
+
+    def let_go(self, *, plan: bool) -> None:
+        """Drops the workspaces that no run uses; with `plan` also the plan and its folded weights, which the next call makes again."""
+        if plan and self._plan is not None:
+            self.refresh(weights=True)
+        elif self._engine is not None:
             self._engine.trim()
 
     def pack(self, outputs: list[Any]) -> Any:
@@ -117,6 +133,10 @@ class Session:
                 raise InputError(f"All inputs must have one batch size, got {sizes}.")
         elif sizes[0] != self.graph.batch_size:
             raise InputError(f"This model was captured with a fixed batch of {self.graph.batch_size}, got {sizes[0]}.")
+
+    def _built(self, gates: Mapping[str, Gate], costs: CostTable | None, num_threads: int) -> Engine:
+        sites = {site.name: site for site in self.sites.sites}
+        return Engine(self._lowered(), sites, gates, costs=costs, num_threads=num_threads, lean=self._lean)
 
     def _lowered(self) -> Plan:
         if self._plan is None:

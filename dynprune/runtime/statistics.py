@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,14 @@ class LatencyPercentiles:
     p99: float
 
 
+class LastCall(NamedTuple):
+    """How the last call on the engine ran: the level where it began, the one where the deadline left it, and the threads."""
+
+    level: float
+    end_level: float
+    threads: int
+
+
 @dataclass(frozen=True)
 class Stats:
     """What a `DynamicModel` did since it was made or `reset_stats()` was called.
@@ -34,8 +43,12 @@ class Stats:
         site_skip_rates: by site name, the share of its groups (for a branch: of the samples) that did not run.
         latency_ms: percentiles over the last 10,000 calls.
         budget_ms: the budget now, or None.
-        budget_misses: calls that took longer than the budget they ran under.
+        budget_misses: calls that took longer than the budget or deadline they ran under.
         guard_actions: how often a gate raised the level inside a call to meet the deadline.
+        guarded_calls: calls in which that happened.
+        guard_level_raise: by how much the level rose in those calls, on average; 0 where there were none.
+        guard_accuracy_cost: expected accuracy at the level where those calls began less that where they ended, on average, in the unit of
+            the frontier's accuracy: what the guard cost at most, as part of each call had run before; 0 where there were none.
         level: of the last call at its end; before the first the level now set.
     """
 
@@ -47,6 +60,9 @@ class Stats:
     budget_ms: float | None
     budget_misses: int
     guard_actions: int
+    guarded_calls: int
+    guard_level_raise: float
+    guard_accuracy_cost: float
     level: float
 
 
@@ -60,7 +76,8 @@ class StatsRecorder:
     def reset(self) -> None:
         """Forgets everything."""
         with self._lock:
-            self._inferences = self._samples = self._misses = self._guard_actions = 0
+            self._inferences = self._samples = self._misses = self._guard_actions = self._guarded_calls = 0
+            self._level_raise = self._accuracy_cost = 0.0
             self._macs = self._all_macs = 0.0
             self._rows: dict[tuple[str, ...], np.ndarray] = {}
             self._latencies_ms: deque[float] = deque(maxlen=WINDOW)
@@ -103,6 +120,13 @@ class StatsRecorder:
             known = self._rows.get(sites)
             self._rows[sites] = rows if known is None else known + rows
 
+    def add_guarded(self, level_raise: float, accuracy_cost: float) -> None:
+        """Counts one call whose level the deadline raised, and the accuracy expected to be lost by it at most."""
+        with self._lock:
+            self._guarded_calls += 1
+            self._level_raise += level_raise
+            self._accuracy_cost += accuracy_cost
+
     def summary(self, *, level: float, budget_ms: float | None) -> Stats:
         """Returns the statistics so far; `level` stands in before the first call."""
         with self._lock:
@@ -120,6 +144,8 @@ class StatsRecorder:
                 budget_ms=budget_ms,
                 budget_misses=self._misses,
                 guard_actions=self._guard_actions,
+                guarded_calls=self._guarded_calls,
+                guard_level_raise=self._level_raise / max(1, self._guarded_calls),
+                guard_accuracy_cost=self._accuracy_cost / max(1, self._guarded_calls),
                 level=level if self._level is None else self._level,
             )
-

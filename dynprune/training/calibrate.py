@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +20,9 @@ from dynprune.runtime.costs import CostTable
 from dynprune.runtime.engine import Engine
 from dynprune.runtime.model import DynamicModel
 from dynprune.runtime.plan import Plan
-from dynprune.timing import measure_interleaved
+from dynprune.runtime.profile import fit_to_latencies, level_latencies, machine_name, measure_costs
 from dynprune.training.allocation import Sensitivity, allocate
-from dynprune.training.costing import allocation_costs, fit_to_latencies, measure_costs
+from dynprune.training.costing import allocation_costs
 from dynprune.training.samples import Chunk, nth_sample, read_samples, split, take
 from dynprune.training.scores import fit_channels, record_channels, record_pooled
 from dynprune.training.sensitivity import (
@@ -180,7 +179,7 @@ class _Calibration:
     def _frontier(self, table: CostTable) -> tuple[Frontier, CostTable]:
         chunks = self._affordable(self.held_out, ACCURACY_MACS, self.levels)
         references = [self._whole(chunk) for chunk in chunks]
-        latencies_ms = self._latencies_ms()
+        latencies_ms, fewer_threads = self._latencies_ms()
         shares, accuracies = [], []
         for i in range(self.levels):
             self.report(0.8 + 0.2 * i / self.levels, f"measuring level {i} of {self.levels - 1}")
@@ -195,21 +194,19 @@ class _Calibration:
             )
             for i in range(self.levels)
         ]
-        return Frontier(tuple(points), f"{platform.machine()} {self._engine().isa}, {self.dm.num_threads} threads"), costs
+        return Frontier(tuple(points), machine_name(self._engine().isa), self.dm.num_threads, fewer_threads), costs
 
-    def _latencies_ms(self) -> list[float]:
-        """Returns the engine's median latency at each level, over a few of the samples in turn."""
+    def _latencies_ms(self) -> tuple[list[float], tuple[tuple[int, tuple[float, ...]], ...]]:
+        """Returns the engine's median latency at each level, over a few of the samples in turn, and the same for fewer threads."""
         self.report(0.7, "timing the levels")
         engine = self._engine()
         samples = [self._single(i) for i in range(min(8, sum(chunk.size for chunk in self.held_out)))]
 
-        def run_at(level: float) -> Callable[[], Any]:
+        def run_at(level: float) -> Callable[[int], Any]:
             turn = itertools.cycle(samples)
-            return lambda: engine.run(next(turn), level=level)
+            return lambda threads: engine.run(next(turn), level=level, num_threads=threads)
 
-        runs = {str(i): run_at(self._level(i)) for i in range(self.levels)}
-        measured = measure_interleaved(runs, seconds=LATENCY_SECONDS, block_seconds=LATENCY_SECONDS, pause_seconds=0.0)
-        return [measured[str(i)].median_ms for i in range(self.levels)]
+        return level_latencies([run_at(self._level(i)) for i in range(self.levels)], self.dm.num_threads, LATENCY_SECONDS)
 
     def _accuracy(self, chunks: list[Chunk], outputs: list[Any], references: list[Any]) -> float:
         if self.metric is None:

@@ -9,7 +9,7 @@ import pytest
 
 from dynprune.cli import main
 from dynprune.cli.doctor import Facts, advice, clock_governors
-from dynprune.cli.machine import cpu_name
+from dynprune.control.host import cpu_name
 
 IDLE = Facts(
     cores=4,

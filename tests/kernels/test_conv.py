@@ -107,9 +107,7 @@ class ConvCase:
         return buffer
 
     def check(self, isa, num_threads=1):
-        run_step(
-            isa, self.step, self.buffers, sites=self.sites, active=self.active, num_threads=num_threads, compensation=self.matrix
-        )
+        run_step(isa, self.step, self.buffers, sites=self.sites, active=self.active, num_threads=num_threads, compensation=self.matrix)
         want = self.want.relu().flatten(2)
         positions = want.shape[2]
         for sample in range(want.shape[0]):

@@ -1,0 +1,83 @@
+"""One number of threads that a controller may choose: its times on an idle machine, and how much slower it runs now."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+
+from dynprune.control.frontier import Frontier
+from dynprune.control.slowdown import SlowdownEstimator
+
+GRID = 64
+"""Levels are multiples of 1/64, so that small changes of the estimate leave the level alone."""
+_BESIDE_OTHERS = 0.1
+"""Logarithm of the slow-down of threads that have their cores to themselves beside busy ones: they share caches, memory and clock."""
+_FEW_OTHERS = 0.3
+"""Busy cores below this are the system's own noise."""
+_ALONE_DEVIATION = 0.06
+"""Of the logarithm of the latency where no thread has to share its core."""
+
+
+class Arm:
+    """Expected latencies at one number of threads.
+
+    Args:
+        threads: the number.
+        frontier: with the times at that number.
+
+    Attributes:
+        slowdown: learned from the inferences that ran so.
+        margin: deviations above the mean that a latency may lie, set by the controller.
+        high, expected: logarithm of the next latency over the idle one at the percentile wanted, and its exponential.
+        seen: the controller's count of inferences when this arm ran last; None before.
+    """
+
+    __slots__ = ("_log_idle", "_negated_ms", "expected", "frontier", "high", "margin", "seen", "slowdown", "threads")
+
+    def __init__(self, threads: int, frontier: Frontier) -> None:
+        latencies_ms = [frontier.latency_ms_at(i / GRID) for i in range(GRID + 1)]
+        self.threads = threads
+        self.frontier = frontier
+        self._negated_ms = [-ms for ms in latencies_ms]
+        self._log_idle = [math.log(ms) for ms in latencies_ms]
+        self.slowdown = SlowdownEstimator()
+        self.margin = 0.0
+        self.high = 0.0
+        self.expected = 1.0
+        self.seen: int | None = None
+
+    def log_idle(self, level: float) -> float:
+        """Returns the logarithm of the idle machine's latency in milliseconds."""
+        place = level * GRID
+        step = int(place)
+        return self._log_idle[step] if step == place else math.log(self.frontier.latency_ms_at(level))
+
+    def fitting_step(self, ms: float) -> int:
+        """Returns the lowest level, in steps of the grid, that an idle machine takes at most `ms` for; one beyond the last for none."""
+        return bisect_left(self._negated_ms, -ms)
+
+    def expect(self, hardness: float, hardness_variance: float) -> None:
+        """Sets what is expected of the next inference from what this arm has seen itself."""
+        self.high = self.slowdown.mean + hardness + self.margin * math.sqrt(self.slowdown.variance + hardness_variance)
+        self.expected = math.exp(self.high)
+
+    def expected_beside(self, others: float, cores: float, hardness: float, hardness_variance: float, spread: float) -> float:
+        """Returns the same from the load alone: every runnable thread gets a fair share of the cores.
+
+        Args:
+            others: cores' worth of threads of other programs.
+            cores: of the machine.
+            hardness, hardness_variance: of the inputs.
+            spread: variance of the logarithm of the latency where threads share cores.
+        """
+        wanted = self.threads + others
+        if wanted <= cores:
+            mean, variance = (_BESIDE_OTHERS if others > _FEW_OTHERS else 0.0), _ALONE_DEVIATION**2
+        else:
+            mean, variance = math.log(wanted / cores) + _BESIDE_OTHERS, spread
+        return math.exp(mean + hardness + self.margin * math.sqrt(variance + hardness_variance))
+
+
+def other_load(slowdown: float, threads: int, cores: float) -> float:
+    """Returns the cores' worth of other threads that slow `threads` threads down so, where each thread gets a fair share."""
+    return max(0.0, math.exp(slowdown) * cores - threads)
