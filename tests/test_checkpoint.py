@@ -6,6 +6,7 @@ import contextlib
 import json
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import models
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_executor import give_costs
-from torch import nn
+from torch import Tensor, nn
 
 from dynprune.control.frontier import Frontier
 from dynprune.errors import CheckpointError, InputError
@@ -209,15 +210,48 @@ def test_tensors_that_do_not_fit(saved, tmp_path, fault: str) -> None:
         DynamicModel.load(tmp_path / "unfit", models.build("basic"))
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+class Keyed(nn.Module):
+    """Takes token ids, a nest of tensors and plain values by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(9, 8), nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor, *, more: dict, scale: float = 1.0, name: str | None = None) -> Tensor:
+        x = self.embed(ids) * scale + more["add"][0]
+        return self.down(self.up(x).relu())
+
+
 def test_a_model_of_several_inputs(tmp_path) -> None:
-    dm = DynamicModel(models.build("two_inputs"), models.example("two_inputs"))
-    with pytest.raises(InputError, match="positional tensors"):
+    inputs = models.example("two_inputs", 3)
+    dm = DynamicModel(models.build("two_inputs"), inputs)
+    dm.save(tmp_path / "file")
+    twin = DynamicModel.load(tmp_path / "file", models.build("two_inputs"))
+    assert torch.equal(twin(*inputs).logits, dm(*inputs).logits)
+
+
+def test_keywords_nests_and_plain_values_come_back(tmp_path) -> None:
+    model = Keyed().eval()
+    call = {"ids": torch.tensor([[3, 8], [1, 0]]), "more": {"add": [torch.randn(2, 2, 8)]}, "scale": 0.5, "name": "x"}
+    dm = DynamicModel(model, call)
+    dm.save(tmp_path / "file")
+    twin = DynamicModel.load(tmp_path / "file", model)
+    assert torch.equal(twin.example[1]["ids"], call["ids"]) and twin.example[1]["scale"] == 0.5
+    assert torch.equal(twin(**call), dm(**call))
+
+
+def test_an_example_that_cannot_be_written_down(tmp_path) -> None:
+    model = Keyed().eval()
+    pair = Pair(torch.randn(1, 2, 8), torch.zeros(1, 2, 8))
+    dm = DynamicModel(model, {"ids": torch.tensor([[3, 8]]), "more": {"add": pair}})
+    with pytest.raises(InputError, match="holds a Pair, which cannot be saved"):
         dm.save(tmp_path / "no")
-    image, text, _ = models.example("two_inputs", 3)
-    dm = DynamicModel(models.build("two_inputs"), (image, text))
-    dm.save(tmp_path / "yes")
-    twin = DynamicModel.load(tmp_path / "yes", models.build("two_inputs"))
-    assert torch.equal(twin(image, text).logits, dm(image, text).logits)
+    assert not (tmp_path / "no").exists()
 
 
 def test_nothing_to_save_and_nowhere_to_save_it(saved, tmp_path) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dynprune.runtime.model import DynamicModel
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about its own parts
 
 
@@ -48,7 +47,8 @@ def test_a_compiled_model_is_one_operator_in_one_graph() -> None:
     before = dm.stats().inferences
     assert torch.equal(compiled(x), dm(x))
     assert dm.stats().inferences == before + 2
-    assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"][0] is torch.ops.dynprune.run
+    calls = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert calls[0] is torch.ops.dynprune.run
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dynprune.control.frontier import Frontier
 from dynprune.errors import CheckpointError, DynpruneError, InputError
+from dynprune.runtime import example
 from dynprune.runtime.costs import CostTable
 from dynprune.version import __version__
 
@@ -33,12 +34,9 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
     """Writes gates, frontier and costs of `dm` to `path`; see `DynamicModel.save`.
 
     Raises:
-        InputError: the model has not been captured, or was captured from inputs other than positional tensors.
+        InputError: the model has not been captured, or its example cannot be written down (see `example.to_json`).
         CheckpointError: the file cannot be written.
     """
-    args, kwargs = dm.example
-    if kwargs or not all(isinstance(x, Tensor) for x in args):
-        raise InputError("Only models whose example inputs are positional tensors can be saved; wrap the model with such an example.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dm.gates.state_dict().items()}
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -48,7 +46,7 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
         "exclude": list(dm.exclude),
         "group_size": dm.group_size,
         "exact": dm.exact,
-        "example": [[list(x.shape), str(x.dtype).removeprefix("torch.")] for x in args],
+        "example": example.to_json(dm.example),
         "sites": [[site.name, site.kind, site.num_groups] for site in dm.sites],
         "frontier": None if dm.frontier is None else dm.frontier.to_json(),
         "costs": None,
@@ -78,8 +76,10 @@ def load(path: str | PathLike, model: nn.Module, *, remeasure: bool) -> DynamicM
             f"{str(path)!r} was saved for a model with other parameters (names, shapes or values); load that model's weights first."
         )
     try:
-        example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in about["example"])
-        dm = DynamicModel(model, example, **{name: about[name] for name in ("include", "exclude", "group_size", "exact")})
+        args, kwargs = example.from_json(about["example"])
+        options = {name: about[name] for name in ("include", "exclude", "group_size", "exact")}
+        dm = DynamicModel(model, **options)
+        dm.capture(*args, **kwargs)
         if [[site.name, site.kind, site.num_groups] for site in dm.sites] != about["sites"]:
             raise CheckpointError(f"{str(path)!r} was saved with gates at other sites than this version finds; calibrate the model again.")
         arrays = {name: tensors.pop(_COSTS + name).double().numpy() for name in _ARRAYS if _COSTS + name in tensors}

@@ -124,9 +124,9 @@ class DynamicModel(nn.Module):
         self.number = register(self)
         self.call_form: CallForm | None = None
         if isinstance(example_inputs, Mapping):
-            self._session_for((), dict(example_inputs))
+            self.capture(**example_inputs)
         elif example_inputs is not None:
-            self._session_for(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+            self.capture(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
 
     # ------------------------------------------------------------------ calls
 
@@ -441,7 +441,8 @@ class DynamicModel(nn.Module):
             copy.deepcopy(self.model, memo), include=self.include, exclude=self.exclude, group_size=self.group_size, exact=self.exact
         )
         if self._example is not None:
-            twin._session_for(*copy.deepcopy(self._example, memo))
+            args, kwargs = copy.deepcopy(self._example, memo)
+            twin.capture(*args, **kwargs)
             twin.gates.load_state_dict(self.gates.state_dict())
         twin._level, twin._num_threads, twin._policy = self._level, self._num_threads, self._policy
         twin._wanted_threads = self._wanted_threads
@@ -478,6 +479,14 @@ class DynamicModel(nn.Module):
         return result
 
     # ------------------------------------------------------------------ inside
+
+    def capture(self, *inputs: Any, **kwargs: Any) -> None:
+        """Captures the model for inputs of these shapes ahead of their first call; the first capture decides where gates stand.
+
+        Raises:
+            InputError, UnsupportedModelError: as for `DynamicModel` itself.
+        """
+        self._session_for(inputs, kwargs)
 
     def is_captured(self, *inputs: Any, **kwargs: Any) -> bool:
         """Returns whether the plan for inputs of these shapes is there already."""
