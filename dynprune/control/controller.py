@@ -290,14 +290,14 @@ class LatencyController:
         return best, chosen
 
     def _others(self) -> float:
-        """Returns how many cores' worth of threads other programs run, by how slow inferences are and by the last sample."""
-        slowdown = self._arm.slowdown.mean
-        met = other_load(slowdown, self._arm.threads, self._cores) if slowdown > _SLOWED else 0.0
+        """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are."""
         sample = self._sample
-        if sample is None or sample.cpu_fraction is None or not sample.per_cpu_fraction:
-            return met
-        seen = (sample.cpu_fraction - (sample.own_cpu_fraction or 0.0)) * len(sample.per_cpu_fraction)
-        return max(met, seen) if seen == seen else met
+        if sample is not None and sample.cpu_fraction is not None and sample.per_cpu_fraction:
+            seen = (sample.cpu_fraction - (sample.own_cpu_fraction or 0.0)) * len(sample.per_cpu_fraction)
+            if seen == seen:
+                return max(0.0, seen)
+        slowdown = self._arm.slowdown.mean
+        return other_load(slowdown, self._arm.threads, self._cores) if slowdown > _SLOWED else 0.0
 
     def _tightest_wanted(self, wanted: int) -> int:
         """Returns the highest level wanted in the calm window, `wanted` included (a queue of falling levels, its head the highest)."""
