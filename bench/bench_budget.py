@@ -4,8 +4,9 @@
     python bench/bench_budget.py --models resnet56,resnet50 --scenarios none --costs
 
 ResNet-56 has real weights and images where the data folder is ($DYNPRUNE_DATA, or ../shared/data beside the checkout), else random ones;
-ResNet-50 has random weights (needs torchvision). The first run calibrates, in minutes, and keeps the result in the folder; every run
-measures the times of the levels again.
+the first run calibrates it, in a minute, and keeps the result in the folder. ResNet-50 has random weights (needs torchvision) and gates
+that keep the same share of every channel site, down to a quarter at level 1; accuracy means nothing there. Every run measures the times of
+the levels again.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from dynprune.cli.rivals import built_rivals, parse_names
 from dynprune.cli.scenario import run_scenario, scenario_text
 from dynprune.cli.scenarios import NAMES, Call, make_scenario, serve
 from dynprune.cli.table import format_table
+from dynprune.control.frontier import Frontier, OperatingPoint
 from dynprune.control.monitor import ResourceMonitor
 from dynprune.control.sources import allowed_cores
 from dynprune.runtime.model import DynamicModel
+from dynprune.runtime.profile import fit_to_latencies, level_latencies, machine_name, measure_costs
 from dynprune.training.calibrate import calibrate
 
 DATA = Path(os.environ.get("DYNPRUNE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-CALIBRATION = {"resnet56": 512, "resnet50": 64}
+CALIBRATION = {"resnet56": 512}
 SERVED = {"resnet56": 256, "resnet50": 16}
 RECORDED = (("idle", 0), ("step", 1), ("step", 2), ("burst", 2))
 """Scenario and busy processes of the slow-downs that `--record` writes."""
@@ -67,22 +70,25 @@ def resnet56() -> tuple[torch.nn.Module, list, torch.Tensor]:
     return data.network("cifar_resnet56"), batches, data.cifar_input(data.cifar10("test")[0][: SERVED["resnet56"]])
 
 
-def resnet50() -> tuple[torch.nn.Module, list, torch.Tensor]:
-    """Returns network, calibration batches and images to serve."""
+def resnet50() -> tuple[torch.nn.Module, torch.Tensor]:
+    """Returns the network and images to serve."""
     declare_torchvision_operators()
     from torchvision.models import resnet50 as build
 
     torch.manual_seed(0)
-    images = torch.randn(SERVED["resnet50"] + CALIBRATION["resnet50"], 3, 224, 224)
-    served, rest = images.split([SERVED["resnet50"], CALIBRATION["resnet50"]])
-    return build(weights=None).eval(), list(rest.split(8)), served
+    return build(weights=None).eval(), torch.randn(SERVED["resnet50"], 3, 224, 224)
 
 
 def calibrated(name: str, folder: Path) -> tuple[DynamicModel, list[tuple[torch.Tensor]], int]:
     """Returns the model with its gates, the calls to serve, and the resident memory before it was captured."""
-    model, batches, images = {"resnet56": resnet56, "resnet50": resnet50}[name]()
-    inputs = [(image[None],) for image in images]
-    base_bytes = rss_bytes()
+    if name == "resnet50":
+        model, images = resnet50()
+        base_bytes, inputs = rss_bytes(), [(image[None],) for image in images]
+        dm = DynamicModel(model, inputs[0]).eval()
+        keep_evenly(dm, inputs)
+        return dm, inputs, base_bytes
+    model, batches, images = resnet56()
+    base_bytes, inputs = rss_bytes(), [(image[None],) for image in images]
     path = folder / f"{name}.safetensors"
     if path.exists():
         dm = DynamicModel.load(path, model, remeasure=False).eval()
@@ -94,6 +100,32 @@ def calibrated(name: str, folder: Path) -> tuple[DynamicModel, list[tuple[torch.
         calibrate(dm, batches, metric=metric, progress=True)
         dm.save(path)
     return dm, inputs, base_bytes
+
+
+def keep_evenly(dm: DynamicModel, inputs: list, levels: int = 17, least: float = 0.25) -> None:
+    """Makes every channel gate keep an even share, from all at level 0 to `least` at level 1, and measures the frontier.
+
+    For a network with random weights, whose accuracy means nothing; the gates cost what calibrated ones do.
+    """
+    keeps = torch.linspace(1, least, levels)
+    for site in dm.sites:
+        gate = dm.gate(site.name)
+        scores = torch.linspace(0, 1, site.num_groups)[torch.randperm(site.num_groups)]
+        gate.bias.data.copy_(scores)
+        gate.down.data.normal_(std=1e-7)  # not zero: the engine leaves such factors out
+        gate.set_curve(torch.quantile(scores, 1 - keeps) - 1e-3 if site.kind == "channels" else torch.full((levels,), -10.0))
+        gate.calibrated.fill_(True)
+    dm.refresh()
+    engine = dm.engine_for(*inputs[0])
+    runs = [lambda threads, level=i / (levels - 1): engine.run(inputs[0], level=level, num_threads=threads) for i in range(levels)]
+    latencies_ms, fewer_threads = level_latencies(runs, dm.num_threads, 0.3)
+    channels = {site.name for site in dm.sites if site.kind == "channels"}
+    shares = [{name: keep[None] for name in channels} for keep in keeps]
+    table = measure_costs(engine, inputs[0], {site.name: site for site in dm.sites})
+    costs, skip_rates = fit_to_latencies(dm.plan, table, shares, latencies_ms)
+    rows = zip(costs.level_ms.sum(1).tolist(), latencies_ms, skip_rates, strict=True)
+    points = tuple(OperatingPoint(i / (levels - 1), predicted, ms, max(0.0, skip), 1.0) for i, (predicted, ms, skip) in enumerate(rows))
+    dm.set_frontier(Frontier(points, machine_name(engine.isa), dm.num_threads, fewer_threads), costs)
 
 
 def cost_errors(dm: DynamicModel, inputs: list) -> tuple[float, float, float]:

@@ -289,15 +289,11 @@ print("done", flush=True)
 def test_a_deadline_in_the_past_tightens_every_gate() -> None:
     dm = DynamicModel(wide_model(), wide_input())
     give_costs(dm, ms_per_step=0.1)
-    dm.level = 0.1
-    dm(wide_input(), deadline=time.monotonic() - 1)
-    stats = dm.stats()
-    assert stats.level == 1.0
-    assert stats.guard_actions >= 1
-    tight = DynamicModel(dm.model, wide_input())
-    tight.level = 1.0
-    tight(wide_input())
-    assert stats.site_skip_rates == pytest.approx(tight.stats().site_skip_rates)
+    _, guarded = dm.engine_for(wide_input()).run([wide_input()], level=0.1, deadline_ns=1)
+    assert guarded.level == 1.0
+    assert guarded.guard_actions >= 1
+    _, tight = dm.engine_for(wide_input()).run([wide_input()], level=1.0)
+    assert np.array_equal(guarded.counts, tight.counts)
 
 
 def test_a_deadline_far_away_changes_nothing() -> None:
@@ -314,9 +310,31 @@ def test_a_deadline_between_takes_the_lowest_level_that_meets_it() -> None:
     dm = DynamicModel(wide_model(), wide_input())
     give_costs(dm, ms_per_step=1e6)
     steps = len(dm.plan.steps)
-    dm(wide_input(), deadline=time.monotonic() + 1e3 * steps / 2)
-    assert 0.4 < dm.stats().level < 0.6
-    assert dm.stats().guard_actions >= 1
+    due_ns = time.monotonic_ns() + int(1e12 * steps / 2)
+    _, guarded = dm.engine_for(wide_input()).run([wide_input()], deadline_ns=due_ns)
+    assert 0.4 < guarded.level < 0.6
+    assert guarded.guard_actions >= 1
+
+
+def test_the_guard_skips_branches_last() -> None:
+    dm = DynamicModel(wide_model(), wide_input())
+    give_costs(dm, ms_per_step=1e6)
+    branches = [i for i, site in enumerate(dm.plan.sites) if site.kind == "branch"]
+    channels = [i for i, site in enumerate(dm.plan.sites) if site.kind == "channels"]
+    assert branches and channels
+    for site in dm.sites:  # a branch is off from level 0.3 on, channels go one by one
+        gate = dm.gate(site.name)
+        gate.curve.copy_(torch.linspace(-1.0, 1.0, len(gate.curve)))
+        gate.bias.copy_(torch.full_like(gate.bias, -0.4) if site.kind == "branch" else torch.linspace(-0.9, 1.5, site.num_groups))
+    dm.refresh()
+    engine, x = dm.engine_for(wide_input()), wide_input()
+    _, plain = engine.run([x], level=0.5)
+    assert not plain.counts[branches].any(), "without a deadline the level decides"
+    _, guarded = engine.run([x], deadline_ns=time.monotonic_ns() + int(1e12 * len(dm.plan.steps) / 2))
+    assert guarded.counts[branches].all() and guarded.guard_actions >= 1, "channels can still meet the deadline"
+    assert (guarded.counts[channels] < np.array([dm.plan.sites[i].num_channels for i in channels])[:, None]).any()
+    _, late = engine.run([x], deadline_ns=1)
+    assert not late.counts[branches].any(), "nothing else can"
 
 
 def test_a_deadline_without_costs_is_not_watched() -> None:

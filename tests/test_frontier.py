@@ -141,3 +141,22 @@ def test_frontier_refuses(levels):
 
 def test_table_has_a_line_per_point():
     assert frontier_of(10, 6.25, 4).table().splitlines()[2].split() == ["0.500", "5.625", "6.250", "0.250", "1.0000"]
+
+
+def test_times_of_fewer_threads_are_kept_in_the_order_of_the_points():
+    points = tuple(OperatingPoint(level, 1, 2 - level, level, 1.0) for level in (1.0, 0.0, 0.5))
+    frontier = Frontier(points, "here", 4, ((2, (3.0, 5.0, 4.0)), (1, (6.0, 8.0, 9.0))))
+    assert dict(frontier.fewer_threads) == {2: (5.0, 4.0, 3.0), 1: (8.5, 8.5, 6.0)}
+    two = frontier.with_threads(2)
+    assert [point.latency_ms for point in two.points] == [5.0, 4.0, 3.0] and two.num_threads == 2
+    assert Frontier.from_json(frontier.to_json()) == frontier
+    with pytest.raises(InputError, match="no times for 3 threads"):
+        frontier.with_threads(3)
+
+
+@pytest.mark.parametrize(
+    "fewer", [((1, (1.0,)),), ((0, (1.0, 1.0)),), ((True, (1.0, 1.0)),), ((1, (1.0, -1.0)),), ((1, (1.0, float("nan"))),)]
+)
+def test_wrong_times_of_fewer_threads_are_refused(fewer):
+    with pytest.raises(InputError, match="threads"):
+        Frontier((OperatingPoint(0, 1, 1, 0, 1), OperatingPoint(1, 1, 1, 0, 1)), "", 2, fewer)

@@ -15,7 +15,7 @@ import pytest
 
 from dynprune.control.cgroup import cgroup_directories, cgroup_quota
 from dynprune.control.monitor import HostCpu, ResourceMonitor
-from dynprune.control.sources import CgroupCpu, CgroupMemory, PressureStall, RunQueue, Steal, cpu_quota, pressures
+from dynprune.control.sources import CgroupCpu, CgroupMemory, PressureStall, RunQueue, Steal, UsableCores, cpu_quota, pressures, thread_cap
 from dynprune.errors import InputError
 
 FILE_SOURCES = {
@@ -174,6 +174,47 @@ def test_throttling_is_read_where_the_tightest_quota_stands(root):
 def test_memory_against_the_limit(root):
     root.memory(limit=400 * MIB, used=350 * MIB, inactive=50 * MIB)
     assert CgroupMemory(str(root.path)).read(0.0) == {"container_memory_fraction": 0.75, "memory_available_bytes": 100 * MIB}
+
+
+def test_hits_of_the_memory_limit_are_counted(root):
+    own = "sys/fs/cgroup/unified/kube/pod" if root.layout == "v2" else "sys/fs/cgroup/memory/kube/pod"
+
+    def events(hits: int, kills: int) -> None:
+        if root.layout == "v2":
+            root.write(f"{own}/memory.events", f"low 0\nhigh {hits}\nmax 2\noom 0\noom_kill {kills}\n")
+        else:
+            root.write(f"{own}/memory.failcnt", f"{hits}\n")
+            root.write(f"{own}/memory.oom_control", f"oom_kill_disable 0\nunder_oom 0\noom_kill {kills}\n")
+
+    root.memory(limit=400 * MIB, used=320 * MIB, inactive=0)
+    events(5, 1)
+    source = CgroupMemory(str(root.path))
+    assert source.read(0.0).keys() == {"container_memory_fraction", "memory_available_bytes"}
+    events(9, 1)
+    seen = source.read(1.0)
+    assert (seen["memory_limit_hits"], seen["memory_oom_kills"]) == (4, 0)
+    assert pressures(seen, 1.0)[1] == 1.0, "reclaim at the limit while most of it is held"
+    events(9, 1)
+    quiet = source.read(2.0)
+    assert pressures(quiet, 1.0)[1] == pytest.approx(0.8)
+    root.memory(limit=400 * MIB, used=399 * MIB, inactive=300 * MIB)
+    events(99, 1)
+    assert pressures(source.read(3.0), 1.0)[1] < 0.5, "the page cache alone hit the limit"
+    events(99, 2)
+    assert pressures(source.read(4.0), 1.0)[1] == 1.0, "a process was killed"
+
+
+def test_usable_cores_follow_the_quota(root):
+    source = UsableCores(str(root.path))
+    allowed = source.read(0.0)["quota_cores"]
+    assert allowed == cpu_quota(str(root.path))
+    root.cpu(quota_cores=0.5, throttled_us=0, used_us=0, group="/kube")
+    assert source.read(1.0) == {"quota_cores": 0.5}
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(0.5, 1), (1.0, 1), (1.5, 1), (2.0, 2), (3.9, 3)])
+def test_threads_are_the_whole_cores_of_the_quota(cores, threads):
+    assert thread_cap(cores) == threads
 
 
 def test_memory_without_limit_says_nothing(root):
@@ -393,6 +434,45 @@ def test_thread_samples_and_stops():
     with monitor:
         assert len(monitor_threads()) == 1
     assert not monitor_threads()
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.seen = []
+
+    def hear(self, sample) -> None:
+        self.seen.append(sample)
+
+    def fail(self, sample) -> None:
+        raise RuntimeError("deaf")
+
+
+def test_listeners_get_every_sample_while_they_live():
+    listener, monitor = Listener(), ResourceMonitor(interval_s=60)
+    monitor.subscribe(listener.hear)
+    monitor.subscribe(listener.hear)
+    sample = monitor.sample()
+    assert listener.seen == [sample], "known already: not called twice"
+    monitor._refresh()
+    assert len(listener.seen) == 2 and listener.seen[1] is monitor.sample()
+    monitor.unsubscribe(listener.hear)
+    monitor.unsubscribe(listener.hear)
+    monitor._refresh()
+    assert len(listener.seen) == 2
+    monitor.subscribe(listener.hear)
+    del listener
+    gc.collect()
+    monitor._refresh()
+
+
+def test_a_listener_that_fails_is_dropped_with_one_warning():
+    failing, hearing, monitor = Listener(), Listener(), ResourceMonitor(interval_s=60)
+    monitor.subscribe(failing.fail)
+    monitor.subscribe(hearing.hear)
+    with pytest.warns(RuntimeWarning, match="RuntimeError: deaf"):
+        monitor._refresh()
+    monitor._refresh()
+    assert len(hearing.seen) == 2
 
 
 def test_stop_without_start():

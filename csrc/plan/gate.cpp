@@ -109,14 +109,17 @@ float GateOp::threshold(float level) const {
   return curve[low] + share * (curve[low + 1] - curve[low]);
 }
 
-// The run's level, or the lowest stored one above it at which the rest of the model still meets the deadline.
+// The run's level, or the lowest stored one above it at which the rest of the model still meets the deadline. Branches are skipped
+// last: one is decided at the level that the run began with, as long as channels left out later can still meet the deadline.
 float GateOp::guarded_level(const GateState& state) const {
   const float level = state.level();
   if (state.deadline_ns_ == 0 || parameters_.rest_ns.empty()) return level;
   const auto left = static_cast<float>(state.deadline_ns_ - now_ns());
   const size_t last = parameters_.rest_ns.size() - 1;
   for (auto i = static_cast<size_t>(level * static_cast<float>(last)); i <= last; ++i) {
-    if (parameters_.rest_ns[i] * state.slowdown_ <= left) return std::max(level, static_cast<float>(i) / static_cast<float>(last));
+    if (parameters_.rest_ns[i] * state.slowdown_ > left) continue;
+    if (site_spec_.is_branch && i < last) return state.start_level_;
+    return std::max(level, static_cast<float>(i) / static_cast<float>(last));
   }
   return 1.0f;
 }

@@ -118,7 +118,9 @@ def memory_text(report: MemoryReport) -> str:
     if report.reacted_s is None:
         lines.append(f"No control group here ({report.reason}); lean and level were set by hand.")
     else:
-        lines.append(f"Lean and at level 1 {report.reacted_s:.1f} s after the control group was filled to {_FILLED:.0%} of its limit.")
+        lines.append(
+            f"Lean and at level 1 {report.reacted_s:.1f} s after a neighbour began to fill the group to {_FILLED:.0%} of its limit."
+        )
     return "\n".join(lines)
 
 
@@ -133,10 +135,11 @@ def _under_pressure(dm: DynamicModel, inputs: Sequence[tuple], measure: Callable
         group.set_memory_limit(limit)
         monitor = ResourceMonitor()
         try:
-            dm.set_pressure_policy(PressurePolicy(cpu_start=1, memory_full=_FILLED - 0.01))
+            dm.set_pressure_policy(PressurePolicy(cpu_start=1, memory_full=_FILLED - 0.05))
             dm.attach_monitor(monitor)
+            dm(*inputs[0])
+            began = time.monotonic()
             with held_memory(int(_FILLED * limit) - _charged(group)):
-                began = time.monotonic()
                 while not (dm.lean and dm.last_call.end_level == 1.0):
                     if time.monotonic() - began > _WAIT_S:
                         seen = monitor.sample().memory_pressure

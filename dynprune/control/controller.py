@@ -24,8 +24,9 @@ _DEAD_BAND = 2
 _HARDNESS_RATE = 0.05
 """Share of the newest inference in the running mean and variance of how hard inputs are."""
 _MARGIN_RATE = 0.1
-_MOST_EXTRA_MARGIN = 12.0
-"""Deviations by which the margin may grow beyond the normal distribution's: a p99 under 3 % spikes of twice the time needs 11."""
+"""Deviations that the margin gains by a latency beyond it at the 95th percentile; at higher ones, which are exceeded less often, more."""
+_MOST_EXTRA_MARGIN = 20.0
+"""Deviations by which the margin may grow beyond the normal distribution's: a p99 under 2 % spikes of twice the time needs 17."""
 _SEEN_RATE = 0.2
 """Share of the newest sample in the load that the estimate is taken to know already."""
 _NEW_LOAD = 0.1
@@ -162,6 +163,7 @@ class LatencyController:
             self._budget_ms = budget_ms
             self._percentile = percentile
             self._target_misses = min(max(1 - percentile / 100, 1e-9), 1 - 1e-9)
+            self._margin_rate = _MARGIN_RATE * max(1.0, math.sqrt(0.05 / max(self._target_misses, 0.002)))
             self._least_margin = NormalDist().inv_cdf(1 - self._target_misses)
             self._wanted.clear()
             self._set_margins()
@@ -244,7 +246,7 @@ class LatencyController:
             if not self._is_fresh(arm):
                 arm.slowdown = SlowdownEstimator()
             arm.seen = self._count
-            margin = arm.margin + _MARGIN_RATE * ((slowdown + hardness > arm.high) - self._target_misses)
+            margin = arm.margin + self._margin_rate * ((slowdown + hardness > arm.high) - self._target_misses)
             arm.margin = min(max(margin, self._least_margin), self._least_margin + _MOST_EXTRA_MARGIN)
             arm.slowdown.update(slowdown)
             surprise = hardness - self._hardness
@@ -288,14 +290,14 @@ class LatencyController:
         return best, chosen
 
     def _others(self) -> float:
-        """Returns how many cores' worth of threads other programs run, by how slow inferences are and by the last sample."""
-        slowdown = self._arm.slowdown.mean
-        met = other_load(slowdown, self._arm.threads, self._cores) if slowdown > _SLOWED else 0.0
+        """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are."""
         sample = self._sample
-        if sample is None or sample.cpu_fraction is None or not sample.per_cpu_fraction:
-            return met
-        seen = (sample.cpu_fraction - (sample.own_cpu_fraction or 0.0)) * len(sample.per_cpu_fraction)
-        return max(met, seen) if seen == seen else met
+        if sample is not None and sample.cpu_fraction is not None and sample.per_cpu_fraction:
+            seen = (sample.cpu_fraction - (sample.own_cpu_fraction or 0.0)) * len(sample.per_cpu_fraction)
+            if seen == seen:
+                return max(0.0, seen)
+        slowdown = self._arm.slowdown.mean
+        return other_load(slowdown, self._arm.threads, self._cores) if slowdown > _SLOWED else 0.0
 
     def _tightest_wanted(self, wanted: int) -> int:
         """Returns the highest level wanted in the calm window, `wanted` included (a queue of falling levels, its head the highest)."""

@@ -103,8 +103,8 @@ class DynamicModel(nn.Module):
         self._deadlines: LatencyController | None = None
         self._monitor: ResourceMonitor | None = None
         self._policy = PressurePolicy()
-        self._wanted_threads = torch.get_num_threads()
-        self._num_threads = min(self._wanted_threads, thread_cap())
+        self._threads_given = False
+        self._num_threads = min(torch.get_num_threads(), thread_cap())
         self._lean = False
         self._strained_ns = 0
         self._example: tuple[tuple, dict[str, Any]] | None = None
@@ -273,19 +273,20 @@ class DynamicModel(nn.Module):
         self._policy = policy
 
     def set_num_threads(self, num_threads: int) -> None:
-        """Runs later calls on `num_threads` threads; the default is `torch.get_num_threads()` when the model was wrapped.
+        """Runs later calls on `num_threads` threads at most.
 
-        Never more than the cores that affinity and the container's CPU quota allow: with more, the quota is used up early and all wait.
+        The default is `torch.get_num_threads()`, but no more than the whole cores that affinity and the container's CPU quota allow, also
+        where a monitor sees that these change: with more, the quota is used up early and all wait. Under a latency budget fewer may run.
         """
         if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
             raise InputError(f"`num_threads` must be an int >= 1, got {num_threads!r}.")
-        self._wanted_threads = num_threads
-        self._use_threads(min(num_threads, thread_cap()))
+        self._threads_given = True
+        self._use_threads(num_threads)
         self._refresh_sessions(weights=False)
 
     @property
     def num_threads(self) -> int:
-        """Threads of one call: those asked for, but no more than affinity and the container's CPU quota allow."""
+        """Threads of one call; under a latency budget the most, see `last_call`."""
         return self._num_threads
 
     @property
@@ -445,7 +446,7 @@ class DynamicModel(nn.Module):
             twin.capture(*args, **kwargs)
             twin.gates.load_state_dict(self.gates.state_dict())
         twin._level, twin._num_threads, twin._policy = self._level, self._num_threads, self._policy
-        twin._wanted_threads = self._wanted_threads
+        twin._threads_given = self._threads_given
         if self.frontier is not None:
             twin.set_frontier(self.frontier, self.costs)
         return twin
@@ -652,9 +653,10 @@ class DynamicModel(nn.Module):
 
     def _on_sample(self, sample: ResourceSample) -> None:
         """Acts on what the monitor saw, in its thread: threads within the quota, memory given back under pressure."""
-        threads = min(self._wanted_threads, thread_cap(sample.quota_cores))
-        if threads != self._num_threads:
-            self._use_threads(threads)
+        if not self._threads_given and sample.quota_cores is not None:
+            threads = min(torch.get_num_threads(), thread_cap(sample.quota_cores))
+            if threads != self._num_threads:
+                self._use_threads(threads)
         now_ns = time.monotonic_ns()
         lean = self._policy.lean(sample, now=self._lean)
         if lean:
