@@ -540,7 +540,7 @@ class DynamicModel(nn.Module):
             macs=execution.macs,
             all_macs=totals.macs * batch,
             sites=totals.sites,
-            rows=np.stack((execution.counts.sum(1), totals.rows * batch)),
+            rows=(execution.counts.sum(1), totals.rows * batch),
             level=execution.level,
             missed=missed,
             guard_actions=execution.guard_actions,

@@ -102,6 +102,7 @@ class BottleneckOp final : public Op, public Compensated {
         kernels_(kernels),
         map_(*parts.depthwise, kernels.lanes),
         clamp_(SpecReader(*parts.depthwise).activation()),
+        expanded_clamp_(parts.expand != nullptr ? SpecReader(*parts.expand).activation() : ActivationSpec()),
         bands_(std::move(bands)),
         site_(parts.depthwise->out_site),
         in_(parts.depthwise->inputs[0]) {
@@ -232,7 +233,7 @@ class BottleneckOp final : public Op, public Compensated {
     layout_.zeros = 0;
     layout_.inputs = align(window.in_width);
     layout_.expanded = layout_.inputs + align(expand_.in_channels * in_stride_);
-    layout_.lines = layout_.expanded + (expands_ ? align(expanded_ * in_stride_) + align(expanded_) : 0);
+    layout_.lines = layout_.expanded + (expands_ ? align(expanded_ * in_stride_) : 0);
     layout_.convolved = layout_.lines + align(map_.rows_seen(most_rows) * map_.lines().stride);
     layout_.sums = layout_.convolved + align(convolved_ * out_stride_);
     layout_.bias = layout_.sums + align(project_.out_channels * out_stride_);
@@ -278,27 +279,20 @@ class BottleneckOp final : public Op, public Compensated {
     const float* panel = scratch + layout_.inputs;
     for (const PositionTile& tile : *chunk.in_tiles) {
       const int64_t width = tile.vectors * kernels_.lanes;
-      kernels_.gather_gemm({count, inputs.count, width, expand_.weight, expand_.in_channels,
-                            chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, inputs.columns, panel, width,
-                            out + tile.first, in_stride_, false});
+      kernels_.pointwise({count, inputs.count, width, expand_.weight, expand_.in_channels,
+                          chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, inputs.columns, panel, width,
+                          expand_.bias, expanded_clamp_.low, expanded_clamp_.high, out + tile.first, in_stride_});
       panel += inputs.count * width;
     }
-    float* bias = out + align(expanded_ * in_stride_);
-    for (int64_t i = 0; i < count; ++i) bias[i] = expand_.bias[chunk.channel(rows.begin + i)];
-    const int64_t positions = chunk.band->window.in_height * map_.window().in_width;
-    kernels_.epilogue({count, positions, out, in_stride_, bias, nullptr, 0, out, in_stride_, expand_.activation});
+    expanded_clamp_.apply_rest(kernels_, count, chunk.band->window.in_height * map_.window().in_width, out, in_stride_);
   }
 
   void convolve(const RunView& run, int64_t sample, const Chunk& chunk, Range rows, float* out, float* scratch) const {
-    const int64_t taps = map_.shape().taps();
     const int64_t first = chunk.band->first_in * map_.window().in_width;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int64_t channel = chunk.channel(i);
-      const float* plane = expands_ ? scratch + layout_.expanded + (i - rows.begin) * in_stride_ : run.row(in_, sample, i) + first;
-      kernels_.depthwise({&chunk.band->window, &map_.lines(), plane, 0, chunk.band->num_rows, weight_ + channel * taps, bias_[channel],
-                          clamp_.low, clamp_.high, scratch + layout_.zeros, scratch + layout_.lines,
-                          out + (i - rows.begin) * out_stride_});
-    }
+    const float* planes = expands_ ? scratch + layout_.expanded : run.row(in_, sample, rows.begin) + first;
+    kernels_.depthwise({&chunk.band->window, &map_.lines(), rows.end - rows.begin, planes, expands_ ? in_stride_ : in_.row_stride, 0,
+                        chunk.band->num_rows, weight_, bias_, chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin,
+                        clamp_.low, clamp_.high, scratch + layout_.zeros, scratch + layout_.lines, out, out_stride_});
     clamp_.apply_rest(kernels_, rows.end - rows.begin, chunk.band->num_rows * map_.window().out_width, out, out_stride_);
   }
 
@@ -325,7 +319,7 @@ class BottleneckOp final : public Op, public Compensated {
 
   const KernelTable& kernels_;
   WindowMap map_;
-  FusedClamp clamp_;
+  FusedClamp clamp_, expanded_clamp_;
   std::vector<Band> bands_;
   std::vector<std::vector<PositionTile>> in_tiles_, out_tiles_;  // of each band
   int32_t site_;

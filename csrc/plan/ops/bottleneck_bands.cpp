@@ -11,12 +11,13 @@ namespace {
 // convolution, and writing to or reading from memory that another core read or wrote last, or that left the second-level cache.
 constexpr double kProductCycles = 0.62;
 constexpr double kTapCycles = 0.6;
-constexpr double kDepthwiseCycles = 5.0;
+constexpr double kDepthwiseCycles = 4.0;
 constexpr double kMoveCycles = 7.0;
 // The expanded band of all channels; beyond a second-level cache nothing is won by fusing.
 constexpr int64_t kMaxBandFloats = 256 * 1024;
-// A chunk late by this much is bearable; of longer ones there should be many.
+// A chunk late by this much is bearable; what a longer one takes beyond it weighs more.
 constexpr double kMaxChunkCycles = 400e3;
+constexpr double kLateWeight = 0.25;
 
 double vectors(int64_t positions, int lanes) { return static_cast<double>((positions + lanes - 1) / lanes) * lanes / 16.0; }
 
@@ -78,7 +79,7 @@ int64_t choose_bands(const BottleneckSizes& sizes, int lanes, int num_threads) {
     // Without a projection the channels are shared between threads too.
     const int64_t rounds = (count + num_threads - 1) / num_threads;
     const double share = sizes.out_channels > 0 ? static_cast<double>(rounds) : static_cast<double>(count) / num_threads;
-    const double late = num_threads > 1 ? std::max(0.0, longest - kMaxChunkCycles) : 0.0;
+    const double late = num_threads > 1 ? kLateWeight * std::max(0.0, longest - kMaxChunkCycles) : 0.0;
     const double cycles = longest * share + (sizes.out_channels > 0 ? late : 0.0);
     if (cycles < best_cycles) {
       best_cycles = cycles;
