@@ -21,42 +21,72 @@ namespace {
 constexpr int kTileRows = 7;
 // Vectors of output columns that may see columns outside the plane; wider borders go through `WindowLines`.
 constexpr int kMaxPartial = 8;
-constexpr int kMaxTaps = 8;
+constexpr int kMaxTaps = 7;
 
-// Which vectors of output columns see columns outside the plane, and the masks of what they load: one for each tap, at stride 2 two
-// for each pair of taps (the even and the odd columns of two vectors).
-struct ColumnMasks {
-  int64_t blocks;       // vectors of output columns
+// The columns that one vector of outputs sees. Tap t of output lane i is column first + t + i * stride. Those of the middle tap (at
+// stride 2 of the two middle ones) are loaded; the others are those of a neighbouring tap moved by one lane, with one column filled
+// in: a load that crosses a cache line, as nearly all of the moved ones would, costs three times a shuffle.
+struct BlockColumns {
+  int64_t first;
+  int64_t fill[kMaxTaps];  // the column filled in for tap t, clamped to the plane
+  Mask inside[kMaxTaps];   // whether it is inside: all lanes or none
+  Mask low, high;          // of the loaded columns, those inside
+};
+
+// Which vectors of output columns see columns outside the plane.
+struct ColumnBlocks {
+  int64_t count;
   int64_t whole_begin;  // those in [whole_begin, whole_end) see no column outside
   int64_t whole_end;
-  Mask masks[kMaxPartial][kMaxTaps];
+  BlockColumns partial[kMaxPartial];
 };
 
 inline int64_t first_column(const Window& window, int64_t block) { return block * Vec::kLanes * window.stride_x - window.pad_left; }
 
-inline void fill_masks(const Window& window, int64_t block, Mask* masks) {
-  for (int64_t s = 0; s < window.kernel_width; s += window.stride_x) {
-    const int64_t column = first_column(window, block) + s;
-    masks[s] = lane_range(-column, window.in_width - column);
-    if (window.stride_x == 2) masks[s + 1] = lane_range(-column - Vec::kLanes, window.in_width - column - Vec::kLanes);
-  }
+template <int K, int STRIDE>
+constexpr int64_t fill_column(int tap) {
+  return tap < K / 2 ? tap : tap + (Vec::kLanes - 1) * STRIDE;
 }
 
-// Returns false where there are more partial vectors than the masks have room for.
-inline bool make_masks(const Window& window, ColumnMasks* result) {
-  const int64_t blocks = (window.out_width + Vec::kLanes - 1) / Vec::kLanes;
-  const int64_t reach = window.stride_x * Vec::kLanes + window.kernel_width - 1;
+template <int K, int STRIDE>
+inline void fill_partial(const Window& window, int64_t block, BlockColumns* result) {
+  const int64_t width = window.in_width;
+  result->first = first_column(window, block);
+  for (int t = 0; t < K; ++t) {
+    const int64_t column = result->first + fill_column<K, STRIDE>(t);
+    result->inside[t] = lane_range(0, column >= 0 && column < width ? Vec::kLanes : 0);
+    result->fill[t] = column < 0 ? 0 : column < width ? column : width - 1;
+  }
+  const int64_t loaded = result->first + K / 2;
+  result->low = lane_range(-loaded, width - loaded);
+  result->high = lane_range(-loaded - Vec::kLanes, width - loaded - Vec::kLanes);
+}
+
+// Returns false where more vectors than there is room for see columns outside.
+template <int K, int STRIDE>
+inline bool find_blocks(const Window& window, ColumnBlocks* result) {
+  const int64_t count = (window.out_width + Vec::kLanes - 1) / Vec::kLanes;
+  const int64_t reach = STRIDE * Vec::kLanes + K - 1;
   int64_t begin = 0;
-  while (begin < blocks && begin <= kMaxPartial && first_column(window, begin) < 0) ++begin;
-  int64_t end = blocks;
-  while (end > begin && blocks - end <= kMaxPartial && first_column(window, end - 1) + reach > window.in_width) --end;
-  if (begin + blocks - end > kMaxPartial) return false;
-  result->blocks = blocks;
+  while (begin < count && begin <= kMaxPartial && first_column(window, begin) < 0) ++begin;
+  int64_t end = count;
+  while (end > begin && count - end <= kMaxPartial && first_column(window, end - 1) + reach > window.in_width) --end;
+  if (begin + count - end > kMaxPartial) return false;
+  result->count = count;
   result->whole_begin = begin;
   result->whole_end = end;
-  for (int64_t b = 0; b < begin; ++b) fill_masks(window, b, result->masks[b]);
-  for (int64_t b = end; b < blocks; ++b) fill_masks(window, b, result->masks[begin + b - end]);
+  for (int64_t b = 0; b < begin; ++b) fill_partial<K, STRIDE>(window, b, &result->partial[b]);
+  for (int64_t b = end; b < count; ++b) fill_partial<K, STRIDE>(window, b, &result->partial[begin + b - end]);
   return true;
+}
+
+template <int K, int STRIDE, bool MASKED>
+inline Vec filled(const float* row, const BlockColumns& columns, int tap) {
+  if constexpr (MASKED) {
+    return select(columns.inside[tap], set1(row[columns.fill[tap]]), zero());
+  } else {
+    return set1(row[columns.first + fill_column<K, STRIDE>(tap)]);
+  }
 }
 
 template <bool MASKED>
@@ -68,60 +98,47 @@ inline Vec load_seen(const float* p, Mask mask) {
   }
 }
 
-// Adds weight[r] * value to every output row of the tile that sees input row j of the tile.
-template <int K, int STRIDE, int ROWS>
-inline void add_row(int j, const Vec (&weight)[K], Vec value, Vec (&sum)[ROWS]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
-    if (j >= i * STRIDE && j < i * STRIDE + K) sum[i] = fma(weight[j - i * STRIDE], value, sum[i]);
+// value[t] = what tap t of the kernel sees of one row.
+template <int K, int STRIDE, bool MASKED>
+inline void load_taps(const float* row, const BlockColumns& columns, Vec (&value)[K]) {
+  constexpr int kMiddle = K / 2;
+  const float* loaded = row + columns.first + kMiddle;
+  if constexpr (STRIDE == 1) {
+    value[kMiddle] = load_seen<MASKED>(loaded, columns.low);
+  } else {
+    const Vec low = load_seen<MASKED>(loaded, columns.low);
+    const Vec high = load_seen<MASKED>(loaded + Vec::kLanes, columns.high);
+    value[kMiddle] = even_lanes(low, high);
+    value[kMiddle + 1] = odd_lanes(low, high);
   }
-}
-
-// Column s of a K x K kernel.
-template <int K>
-inline void broadcast_column(const float* weight, int s, Vec (&column)[K]) {
 #pragma GCC unroll 8
-  for (int r = 0; r < K; ++r) column[r] = set1(weight[r * K + s]);
-}
-
-// Taps of stride 1: one load each. Taps of stride 2 come in pairs, the even and the odd lanes of two vectors.
-template <int K, int STRIDE, int ROWS, bool MASKED>
-inline void add_taps(const float* const* rows, int64_t column, const float* weight, const Mask* masks, Vec (&sum)[ROWS]) {
-  constexpr int kRows = (ROWS - 1) * STRIDE + K;
+  for (int t = kMiddle - 1; t >= 0; --t) value[t] = shifted_up(filled<K, STRIDE, MASKED>(row, columns, t), value[t + STRIDE]);
 #pragma GCC unroll 8
-  for (int s = 0; s < K; s += STRIDE) {
-    const Mask mask = MASKED ? masks[s] : Mask{};
-    Vec even_weight[K];
-    broadcast_column(weight, s, even_weight);
-    if constexpr (STRIDE == 1) {
-#pragma GCC unroll 32
-      for (int j = 0; j < kRows; ++j) add_row<K, STRIDE>(j, even_weight, load_seen<MASKED>(rows[j] + column + s, mask), sum);
-    } else {
-      const Mask next = MASKED ? masks[s + 1] : Mask{};
-      Vec odd_weight[K];
-      if (s + 1 < K) broadcast_column(weight, s + 1, odd_weight);
-#pragma GCC unroll 32
-      for (int j = 0; j < kRows; ++j) {
-        const Vec low = load_seen<MASKED>(rows[j] + column + s, mask);
-        const Vec high = load_seen<MASKED>(rows[j] + column + s + Vec::kLanes, next);
-        add_row<K, STRIDE>(j, even_weight, even_lanes(low, high), sum);
-        if (s + 1 < K) add_row<K, STRIDE>(j, odd_weight, odd_lanes(low, high), sum);
-      }
-    }
-  }
+  for (int t = kMiddle + STRIDE; t < K; ++t) value[t] = shifted_down(value[t - STRIDE], filled<K, STRIDE, MASKED>(row, columns, t));
 }
 
-// One vector of the output rows of a tile; `lanes` of it are inside the plane.
+// One vector of the output rows of a tile; `lanes` of it are inside the plane. A row serves every output row that sees it.
 template <int K, int STRIDE, int ROWS, bool MASKED>
-inline void depthwise_block(const DepthwiseArgs& a, const float* const* rows, int64_t column, const float* weight, Vec bias,
-                            const Mask* masks, float* out, int64_t lanes) {
+inline void depthwise_block(const DepthwiseArgs& a, const float* const* rows, const BlockColumns& columns, const float* weight, Vec bias,
+                            float* out, int64_t lanes) {
   const int64_t width = a.window->out_width;
   const Vec low = set1(a.low);
   const Vec high = set1(a.high);
   Vec sum[ROWS];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) sum[i] = bias;
-  add_taps<K, STRIDE, ROWS, MASKED>(rows, column, weight, masks, sum);
+#pragma GCC unroll 32
+  for (int j = 0; j < (ROWS - 1) * STRIDE + K; ++j) {
+    Vec value[K];
+    load_taps<K, STRIDE, MASKED>(rows[j], columns, value);
+#pragma GCC unroll 8
+    for (int s = 0; s < K; ++s) {
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        if (j >= i * STRIDE && j < i * STRIDE + K) sum[i] = fma(set1(weight[(j - i * STRIDE) * K + s]), value[s], sum[i]);
+      }
+    }
+  }
   if (lanes >= Vec::kLanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) store(out + i * width, clamp(sum[i], low, high));
@@ -135,7 +152,7 @@ inline int64_t channel_of(const DepthwiseArgs& a, int64_t i) { return a.row_inde
 
 // Output rows [row, row + ROWS) of every plane; `row` counts from a.first_row.
 template <int K, int STRIDE, int ROWS>
-void depthwise_tile(const DepthwiseArgs& a, const ColumnMasks& masks, int64_t row) {
+void depthwise_tile(const DepthwiseArgs& a, const ColumnBlocks& blocks, int64_t row) {
   constexpr int kRows = (ROWS - 1) * STRIDE + K;
   const Window& window = *a.window;
   const int64_t top = (a.first_row + row) * STRIDE - window.pad_top;
@@ -151,17 +168,19 @@ void depthwise_tile(const DepthwiseArgs& a, const ColumnMasks& masks, int64_t ro
     const int64_t channel = channel_of(a, i);
     const float* weight = a.weight + channel * K * K;
     const Vec bias = set1(a.bias[channel]);
-    auto masked = [&](int64_t block, const Mask* seen) {
+    auto run_partial = [&](int64_t block, const BlockColumns& columns) {
       const int64_t x = block * Vec::kLanes;
-      depthwise_block<K, STRIDE, ROWS, true>(a, rows, first_column(window, block), weight, bias, seen, out + x, window.out_width - x);
+      depthwise_block<K, STRIDE, ROWS, true>(a, rows, columns, weight, bias, out + x, window.out_width - x);
     };
-    for (int64_t block = 0; block < masks.whole_begin; ++block) masked(block, masks.masks[block]);
-    for (int64_t block = masks.whole_begin; block < masks.whole_end; ++block) {
+    for (int64_t block = 0; block < blocks.whole_begin; ++block) run_partial(block, blocks.partial[block]);
+    for (int64_t block = blocks.whole_begin; block < blocks.whole_end; ++block) {
       const int64_t x = block * Vec::kLanes;
-      depthwise_block<K, STRIDE, ROWS, false>(a, rows, first_column(window, block), weight, bias, nullptr, out + x, window.out_width - x);
+      BlockColumns columns;
+      columns.first = first_column(window, block);
+      depthwise_block<K, STRIDE, ROWS, false>(a, rows, columns, weight, bias, out + x, window.out_width - x);
     }
-    for (int64_t block = masks.whole_end; block < masks.blocks; ++block) {
-      masked(block, masks.masks[masks.whole_begin + block - masks.whole_end]);
+    for (int64_t block = blocks.whole_end; block < blocks.count; ++block) {
+      run_partial(block, blocks.partial[blocks.whole_begin + block - blocks.whole_end]);
     }
     for (int j = 0; j < kRows; ++j) rows[j] += step[j];
     out += a.out_stride;
@@ -169,22 +188,25 @@ void depthwise_tile(const DepthwiseArgs& a, const ColumnMasks& masks, int64_t ro
 }
 
 template <int K, int STRIDE, int ROWS>
-void depthwise_tile_of(const DepthwiseArgs& a, const ColumnMasks& masks, int64_t rows, int64_t row) {
+void depthwise_tile_of(const DepthwiseArgs& a, const ColumnBlocks& blocks, int64_t rows, int64_t row) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return depthwise_tile<K, STRIDE, ROWS>(a, masks, row);
-    depthwise_tile_of<K, STRIDE, ROWS - 1>(a, masks, rows, row);
+    if (rows == ROWS) return depthwise_tile<K, STRIDE, ROWS>(a, blocks, row);
+    depthwise_tile_of<K, STRIDE, ROWS - 1>(a, blocks, rows, row);
   }
 }
 
-// Tiles whose heights differ by one row at most.
+// Tiles whose heights differ by one row at most. Returns false where the planes have to go through `WindowLines`.
 template <int K, int STRIDE>
-void depthwise_tiles(const DepthwiseArgs& a, const ColumnMasks& masks) {
+bool depthwise_tiles(const DepthwiseArgs& a) {
+  ColumnBlocks blocks;
+  if (!find_blocks<K, STRIDE>(*a.window, &blocks)) return false;
   const int64_t tiles = (a.num_rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = a.num_rows * t / tiles;
     const int64_t end = a.num_rows * (t + 1) / tiles;
-    depthwise_tile_of<K, STRIDE, kTileRows>(a, masks, end - begin, begin);
+    depthwise_tile_of<K, STRIDE, kTileRows>(a, blocks, end - begin, begin);
   }
+  return true;
 }
 
 // Any kernel, stride and dilation: one output row by up to four vectors of packed lines.
@@ -228,21 +250,24 @@ void depthwise_any_plane(const DepthwiseArgs& a, int64_t plane) {
   }
 }
 
-void depthwise(const DepthwiseArgs& a) {
+bool depthwise_plain(const DepthwiseArgs& a) {
   const Window& window = *a.window;
-  const bool plain = window.kernel_width == window.kernel_height && window.stride_x == window.stride_y && window.dilation_x == 1 &&
-                     window.dilation_y == 1 && window.stride_x <= 2;
-  ColumnMasks masks;
-  switch (plain && make_masks(window, &masks) ? window.kernel_height * (window.stride_x == 1 ? 1 : -1) : 0) {
-    case 3: return depthwise_tiles<3, 1>(a, masks);
-    case 5: return depthwise_tiles<5, 1>(a, masks);
-    case 7: return depthwise_tiles<7, 1>(a, masks);
-    case -3: return depthwise_tiles<3, 2>(a, masks);
-    case -5: return depthwise_tiles<5, 2>(a, masks);
-    case -7: return depthwise_tiles<7, 2>(a, masks);
-    default:
-      for (int64_t i = 0; i < a.rows; ++i) depthwise_any_plane(a, i);
+  const bool square = window.kernel_width == window.kernel_height && window.stride_x == window.stride_y;
+  if (!square || window.dilation_x != 1 || window.dilation_y != 1 || window.stride_x > 2) return false;
+  switch (window.kernel_height * (window.stride_x == 1 ? 1 : -1)) {
+    case 3: return depthwise_tiles<3, 1>(a);
+    case 5: return depthwise_tiles<5, 1>(a);
+    case 7: return depthwise_tiles<7, 1>(a);
+    case -3: return depthwise_tiles<3, 2>(a);
+    case -5: return depthwise_tiles<5, 2>(a);
+    case -7: return depthwise_tiles<7, 2>(a);
+    default: return false;
   }
+}
+
+void depthwise(const DepthwiseArgs& a) {
+  if (depthwise_plain(a)) return;
+  for (int64_t i = 0; i < a.rows; ++i) depthwise_any_plane(a, i);
 }
 
 }  // namespace

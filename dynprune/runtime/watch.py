@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynprune.runtime import _C
 
@@ -10,16 +11,22 @@ from dynprune.runtime import _C
 class Watch:
     """Knows the parameters, buffers and submodules of modules as they were when it was made.
 
-    Writes through `tensor.data`, and to tensors made in inference mode, leave no trace and are not noticed.
+    Writes through `tensor.data`, and to tensors made in inference mode, leave no trace and are not noticed. Those to the counters of
+    batch norm layers, which no output depends on, are not looked for.
     """
 
     def __init__(self, *roots: nn.Module):
         modules = {module: None for root in roots for module in root.modules()}
-        self._tables = tuple(table for module in modules for table in (module._parameters, module._buffers, module._modules))
+        self._tables = tuple(table for module in modules for table in (module._parameters, module._buffers, module._modules) if table)
         self._members = tuple(value for table in self._tables for value in table.values())
-        self._tensors = tuple(x for x in self._members if isinstance(x, Tensor) and not x.is_inference())
+        uncounted = {id(module.num_batches_tracked) for module in modules if isinstance(module, _BatchNorm)}
+        self._tensors = tuple(x for x in self._members if isinstance(x, Tensor) and not x.is_inference() and id(x) not in uncounted)
         self._version = _C.version_sum(self._tensors)
         self._all_on_cpu = all(x.device.type == "cpu" for x in self._members if isinstance(x, Tensor))
+
+    def changed(self) -> bool:
+        """Whether anything was replaced or written."""
+        return self.replaced() or self.written()
 
     def replaced(self) -> bool:
         """Whether a parameter, buffer or module is another object than it was."""
