@@ -66,6 +66,24 @@ struct GatherGemmArgs {
   bool accumulate;
 };
 
+// out[i][p] = clamp(bias[r_i] + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p], low, high), r_i as in GatherGemmArgs.
+struct PointwiseArgs {
+  int64_t m;
+  int64_t k;
+  int64_t width;  // lanes, a multiple of the vector length, at most gemm_max_vectors vectors
+  const float* weight;
+  int64_t weight_stride;
+  const int32_t* row_index;
+  int64_t first_row;
+  const int32_t* weight_offset;
+  const float* panel;
+  int64_t panel_stride;
+  const float* bias;
+  float low, high;
+  float* out;
+  int64_t out_stride;
+};
+
 // out[i][p] = act(in[i][p] + bias[i] + residual[i][p]) for p < n; bias and residual may be null; in == out is allowed.
 struct EpilogueArgs {
   int64_t rows;
@@ -124,19 +142,25 @@ struct WindowLines {
   int64_t stride;             // floats of a line, stride_x * phase_width
 };
 
-// out[i][x] = clamp(bias + sum_rs weight[r][s] * in(first_row + i, x; r, s), low, high) for num_rows rows of one plane.
+// out[i][y][x] = clamp(bias[c] + sum_rs weight[c][r][s] * in[i](first_row + y, x; r, s), low, high) for num_rows rows of each of `rows`
+// planes, c = row_index ? row_index[i] : first_channel + i.
 struct DepthwiseArgs {
   const Window* window;
   const WindowLines* lines;
-  const float* plane;
+  int64_t rows;
+  const float* planes;
+  int64_t plane_stride;
   int64_t first_row;
   int64_t num_rows;
-  const float* weight;  // [kernel_height][kernel_width]
-  float bias;
+  const float* weight;  // [channels][kernel_height][kernel_width]
+  const float* bias;    // [channels]
+  const int32_t* row_index;
+  int64_t first_channel;
   float low, high;
   const float* zeros;  // [in_width] zeros: an input row above or below the plane
   float* packed;       // lines->stride floats for each input row that num_rows output rows see
-  float* out;          // [num_rows][out_width]
+  float* out;          // [rows][num_rows][out_width], planes out_stride apart
+  int64_t out_stride;
 };
 
 // out[i][x] = max of in(first_row + i, x; r, s), padding ignored, NaN handed on; or sum / (row_count[i] * column_count[x]).
@@ -299,6 +323,7 @@ struct KernelTable {
   void (*dot_rows)(const DotRowsArgs&);
   void (*axpy_rows)(const AxpyRowsArgs&);
   void (*depthwise)(const DepthwiseArgs&);
+  void (*pointwise)(const PointwiseArgs&);
   void (*pool)(const PoolArgs&);
   void (*row_means)(const RowMeansArgs&);
   void (*affine)(const AffineArgs&);

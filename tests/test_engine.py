@@ -103,7 +103,10 @@ def test_predicted_time_is_that_of_what_ran(wide) -> None:
     costs = CostTable((1.0,) * steps, (10.0,) * steps, np.zeros((32, steps)), plan_signature(plan))
     engine = Engine(plan, sites, gates, costs=costs)
     _, whole = engine.run([wide_input(3)])
-    assert whole.predicted_ms == pytest.approx(3 * 11.0 * steps)
+    of_gates = sum(step.op == "gate" or "for_gates" in step.ints for step in plan.steps)
+    assert of_gates > 0 and whole.predicted_ms == pytest.approx(3 * 11.0 * (steps - of_gates))
+    _, guarded = engine.run([wide_input(1)], deadline_ns=2**62)
+    assert guarded.predicted_ms == pytest.approx(11.0 * steps), "a deadline may raise the level, so the gates must be ready"
     off = {site.name: [[]] for site in sites.values()}
     _, nothing = engine.run([wide_input(1)], active=off)
     branches = {i for i, site in enumerate(plan.sites) if site.kind == "branch"}

@@ -565,3 +565,43 @@ def test_the_arena_is_smaller_than_all_values_together():
     _, graph = models.captured("bottleneck")
     plan = lower(graph, find_sites(graph))
     assert plan.arena_size < 0.5 * sum(buffer.size for buffer in plan.buffers if buffer.kind == "arena")
+
+
+def marks(plan: Plan) -> list[tuple[str, int]]:
+    return [(step.op, step.ints.get("fused", [0])[0]) for step in plan.steps]
+
+
+def test_the_steps_of_an_inverted_residual_are_marked_to_run_as_one():
+    x = torch.randn(1, 8, 12, 12)
+    assert marks(check(models.InvertedResidual(8, 32, 8), x)) == [("conv", 0), ("depthwise", 0), ("conv", 2)]
+    squeezed = marks(check(models.InvertedResidual(8, 32, 16, 2, 8), x))
+    assert squeezed[:2] == [("conv", 0), ("depthwise", 1)] and not any(fused for _, fused in squeezed[2:])
+    assert marks(check(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)), x)) == [("depthwise", 0), ("conv", 1)]
+
+
+def test_a_chain_of_separable_convolutions_is_marked_in_disjoint_groups():
+    parts = [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)]
+    plan = check(nn.Sequential(*parts), torch.randn(1, 8, 12, 12))
+    assert marks(plan) == [("depthwise", 0), ("conv", 1), ("depthwise", 0), ("conv", 1)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (y := m.parts[0](x), m.parts[1](y)),
+        lambda m, x: m.parts[1](y := m.parts[0](x)) + y,
+        lambda m, x: m.parts[1](m.parts[0](x).cumsum(2)),
+    ],
+    ids=["returned", "read-twice", "pytorch-between"],
+)
+def test_steps_whose_values_others_read_are_not_marked(function):
+    plan = check(Lambda(function, nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)), torch.randn(1, 8, 12, 12))
+    assert not any(fused for _, fused in marks(plan))
+
+
+def test_what_marked_steps_read_stays_until_the_last_of_them():
+    plan = check(nn.Sequential(nn.Conv2d(3, 8, 1), models.InvertedResidual(8, 32, 16), nn.Conv2d(16, 4, 1)), torch.randn(1, 3, 12, 12))
+    last = next(i for i, step in enumerate(plan.steps) if "fused" in step.ints)
+    read, written = plan.steps[last - 2].inputs[0], plan.steps[last].output
+    begins = [plan.buffers[rows.buffer].offset + rows.offset for rows in (read, written)]
+    assert begins[0] + read.rows * read.positions <= begins[1] or begins[1] + written.rows * written.positions <= begins[0]

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "bindings/read_spec.h"
+#include "bindings/without_gil.h"
 #include "dispatch.h"
 #include "plan/executor.h"
 
@@ -112,6 +113,7 @@ class PyPlan {
 
   // Letting Python objects go may run other threads, which come here too: it is done while `free_` is whole.
   void release(const std::shared_ptr<PyWorkspace>& workspace) {
+    KeptAlive::let_go();
     if (workspace->workspace->idle()) workspace->bound->clear();
     constexpr size_t kMaxFree = 4;
     free_.push_back(workspace);
@@ -124,6 +126,7 @@ class PyPlan {
 
   // Lets go of the memory of workspaces that nobody uses.
   void trim() {
+    KeptAlive::let_go();
     const auto used = std::stable_partition(free_.begin(), free_.end(), [](const auto& free) { return !free->workspace->idle(); });
     const std::vector<std::shared_ptr<PyWorkspace>> gone(std::make_move_iterator(used), std::make_move_iterator(free_.end()));
     free_.erase(used, free_.end());
@@ -199,15 +202,7 @@ void run(PyWorkspace& self, int64_t first, int64_t last, int num_threads) {
     if (plan.op(step) == nullptr) throw std::invalid_argument("step " + std::to_string(step) + " is not the engine's to run.");
   }
   if (!self.workspace->all_bound()) throw std::invalid_argument("bind every input and output before a run.");
-  // Not py::gil_scoped_release: a daemon thread that comes back when the interpreter ends is unwound here, and no destructor may be in the way.
-  PyThreadState* const thread = PyEval_SaveThread();
-  try {
-    self.workspace->run(first, last, num_threads);
-  } catch (...) {
-    PyEval_RestoreThread(thread);
-    throw;
-  }
-  PyEval_RestoreThread(thread);
+  without_gil([&] { self.workspace->run(first, last, num_threads); });
 }
 
 // How many rows of each site ran, per sample: int64 (sites, batch).

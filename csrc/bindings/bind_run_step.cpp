@@ -8,6 +8,7 @@
 
 #include "base/spin.h"
 #include "bindings/read_spec.h"
+#include "bindings/without_gil.h"
 #include "dispatch.h"
 #include "plan/executor.h"
 
@@ -64,13 +65,14 @@ class StepRunner {
 
   // Runs the step `times` times and returns the nanoseconds of each.
   std::vector<int64_t> run(int64_t times) {
-    const py::gil_scoped_release release;
     std::vector<int64_t> result;
-    for (int64_t i = 0; i < times; ++i) {
-      const int64_t began = now_ns();
-      workspace_->run(0, 1, num_threads_);
-      result.push_back(now_ns() - began);
-    }
+    without_gil([&] {
+      for (int64_t i = 0; i < times; ++i) {
+        const int64_t began = now_ns();
+        workspace_->run(0, 1, num_threads_);
+        result.push_back(now_ns() - began);
+      }
+    });
     return result;
   }
 

@@ -2,20 +2,49 @@
 
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <mutex>
 #include <stdexcept>
+#include <utility>
 
 namespace py = pybind11;
 
 namespace dynprune {
 
+namespace {
+
+// What threads without the GIL could not let go. Never destroyed: such threads run until the process is gone.
+struct Left {
+  std::mutex mutex;
+  std::vector<PyObject*> objects;
+  std::atomic<bool> any{false};
+};
+
+Left& left() {
+  static auto* const instance = new Left();
+  return *instance;
+}
+
+bool holds_gil() { return PyGILState_GetThisThreadState() != nullptr && PyGILState_Check() != 0; }
+
+}  // namespace
+
 KeptAlive::~KeptAlive() {
-  if (objects_.empty()) return;
-  if (!Py_IsInitialized()) {  // the interpreter is gone and with it the objects
-    for (py::object& object : objects_) object.release();
-    return;
+  if (objects_.empty() || holds_gil()) return;
+  const std::lock_guard<std::mutex> lock(left().mutex);
+  for (py::object& object : objects_) left().objects.push_back(object.release().ptr());
+  left().any.store(true, std::memory_order_release);
+}
+
+void KeptAlive::let_go() {
+  if (!left().any.load(std::memory_order_acquire)) return;
+  std::vector<PyObject*> objects;
+  {
+    const std::lock_guard<std::mutex> lock(left().mutex);
+    objects.swap(left().objects);
+    left().any.store(false, std::memory_order_release);
   }
-  const py::gil_scoped_acquire gil;
-  objects_.clear();
+  for (PyObject* object : objects) Py_DECREF(object);
 }
 
 Rows read_rows(const py::handle& handle) {

@@ -13,7 +13,8 @@ namespace dynprune {
 
 using FloatArray = pybind11::array_t<float, pybind11::array::c_style>;
 
-// Holds Python objects for C++ code that may be destroyed on any thread, without the GIL.
+// Holds Python objects for C++ code that may be destroyed on any thread, without the GIL. A thread that does not hold the GIL does not
+// ask for it (it might never get it, see without_gil.h) but leaves the objects to the next `let_go`.
 class KeptAlive {
  public:
   KeptAlive() = default;
@@ -22,6 +23,8 @@ class KeptAlive {
   ~KeptAlive();
   void add(pybind11::object object) { objects_.push_back(std::move(object)); }
   void clear() { objects_.clear(); }
+  // Lets go of what was left; needs the GIL.
+  static void let_go();
 
  private:
   std::vector<pybind11::object> objects_;

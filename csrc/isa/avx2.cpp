@@ -11,6 +11,7 @@
 #include "kernels/gather_gemm-inl.h"
 #include "kernels/matvec-inl.h"
 #include "kernels/normalize-inl.h"
+#include "kernels/pointwise-inl.h"
 #include "kernels/pool-inl.h"
 #include "kernels/transpose-inl.h"
 #include "kernels/winograd-inl.h"
@@ -29,6 +30,7 @@ const KernelTable& avx2_kernels() {
       dot_rows,
       axpy_rows,
       depthwise,
+      pointwise,
       pool,
       row_means,
       affine,

@@ -122,12 +122,12 @@ void Workspace::work(int slot) {
     const auto step = static_cast<int64_t>(cursor & kStepMask);
     if (cursor >> kStepBits != epoch || step >= last) return;
     const Op& op = *plan_->op(step);
-    if (!op.hands_over() && !runs_somewhere(step)) {
+    const int64_t chunks = op.chunks_per_sample() * batch_;
+    if (chunks == 0 || (!op.hands_over() && !runs_somewhere(step))) {
       advance(cursor);
       continue;
     }
     // Each thread begins in a part of its own, so that in the next step it mostly reads what it wrote in this one.
-    const int64_t chunks = op.chunks_per_sample() * batch_;
     const int64_t begin = chunks * std::min(slot, num_threads - 1) / num_threads;
     const int64_t began_ns = now_ns();
     int64_t mine = 0;

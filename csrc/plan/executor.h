@@ -44,7 +44,11 @@ class Workspace final : public Job, public std::enable_shared_from_this<Workspac
   bool idle() const { return inside_.load(std::memory_order_acquire) == 0; }
 
   // Times of the steps of the last run in nanoseconds, where `set_profiling(true)` was called; 0 for steps not run.
-  void set_profiling(bool on) { profiling_ = on; }
+  // Gates, and what only they read, run then even where they decide nothing.
+  void set_profiling(bool on) {
+    profiling_ = on;
+    gates_.set_always_run(on);
+  }
   const std::vector<int64_t>& step_ns() const { return step_ns_; }
   // How many chunks were computed again because their owner was late, since the workspace was made.
   int64_t overtaken() const { return overtaken_.load(std::memory_order_relaxed); }

@@ -42,11 +42,27 @@ void GateState::begin(float level, int64_t deadline_ns, float slowdown) {
   deadline_ns_ = std::max(deadline_ns, -kFarNs);
   slowdown_ = slowdown;
   guard_actions_.store(0, std::memory_order_relaxed);
+  gates_run_ = level > 0.0f || deadline_ns != 0;
+  if (gates_run_) {
+    all_whole_ = false;
+  } else {
+    publish_all();
+  }
 }
 
 void GateState::begin_given() {
   begin(0.0f, 0, 1.0f);
   given_ = true;
+}
+
+void GateState::give(int64_t site, int64_t sample, const int32_t* groups, int64_t count) {
+  all_whole_ = false;
+  publish(site, sample, groups, count);
+}
+
+void GateState::publish_all() {
+  if (all_whole_) return;
+  all_whole_ = true;
   std::vector<int32_t> all;
   for (size_t site = 0; site < sites_.size(); ++site) {
     const int64_t groups = sites_[site].num_groups();

@@ -40,7 +40,13 @@ class GateState {
   void begin(float level, int64_t deadline_ns, float slowdown);
   // Starts an inference whose gates do not decide: sites run whole but for the lists given next (ascending groups, not checked here).
   void begin_given();
-  void give(int64_t site, int64_t sample, const int32_t* groups, int64_t count) { publish(site, sample, groups, count); }
+  void give(int64_t site, int64_t sample, const int32_t* groups, int64_t count);
+
+  // Whether this inference needs its gates, and what only they read: not with given lists, nor at level 0 where no deadline can raise it.
+  // The same for all threads and for the whole inference.
+  bool gates_run() const { return gates_run_ || always_run_; }
+  // Makes the gates run even where they have nothing to decide, so that they can be timed.
+  void set_always_run(bool on) { always_run_ = on; }
 
   const ActiveList* const* lists() const { return rows_.data(); }
   const ActiveList& list(int64_t site, int64_t sample) const { return rows_[site][sample]; }
@@ -51,6 +57,7 @@ class GateState {
  private:
   friend class GateOp;
   void publish(int64_t site, int64_t sample, const int32_t* groups, int64_t count);
+  void publish_all();
 
   const std::vector<SiteSpec>& sites_;
   int64_t batch_;
@@ -59,6 +66,9 @@ class GateState {
   AlignedBuffer<int32_t> index_;            // storage of all lists; always holds valid channels
   AlignedBuffer<float> inactive_;
   bool given_ = false;
+  bool gates_run_ = false;
+  bool always_run_ = false;
+  bool all_whole_ = true;  // every list has all channels
   std::atomic<float> level_{0.0f};
   float start_level_ = 0.0f;
   int64_t deadline_ns_ = 0;

@@ -73,7 +73,7 @@ class Op {
   const StepSpec& spec() const { return spec_; }
 
   // The number of chunks of one sample; fixed when the plan is built, whatever lists a run has. A chunk should take some 10-50
-  // microseconds; a step shorter than that is one chunk.
+  // microseconds; a step shorter than that is one chunk. 0: a later step does this one's work.
   virtual int64_t chunks_per_sample() const = 0;
   // How much private scratch one chunk needs, in floats.
   virtual int64_t scratch_floats() const = 0;

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "plan/ops.h"
+#include "plan/ops/bottleneck.h"
 #include "plan/ops/factories.h"
 
 namespace dynprune {
@@ -61,19 +62,52 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
     if (step.op == "copy" || step.op == "fill") check_strides(step, step.output, "out_strides");
     check_sites(step);
     branches_.push_back(step.branches);
+    for_gates_.push_back(step.op == "gate" || step.ints.count("for_gates") > 0);
     step_sites_.push_back({step.in_site, step.out_site});
-    if (step.op == "torch") {
+  }
+  make_ops(num_threads);
+  spec_.steps.clear();
+}
+
+// How many of the steps before it a step runs along.
+int64_t Plan::num_fused(int64_t step) const {
+  const auto found = spec_.steps[step].ints.find("fused");
+  if (found == spec_.steps[step].ints.end()) return 0;
+  const std::vector<int64_t>& value = found->second;
+  if (value.size() != 1 || value[0] < 1 || value[0] > std::min<int64_t>(2, step)) {
+    fail("step '" + spec_.steps[step].name + "' (" + spec_.steps[step].op + "): 'fused' must be 1 or 2 steps that stand before it.");
+  }
+  return value[0];
+}
+
+void Plan::make_ops(int num_threads) {
+  const auto num_steps = static_cast<int64_t>(spec_.steps.size());
+  std::vector<std::unique_ptr<Op>> fused(num_steps);
+  for (int64_t last = 0; last < num_steps; ++last) {
+    const int64_t first = last - num_fused(last);
+    if (first == last) continue;
+    const std::vector<StepSpec> parts(spec_.steps.begin() + first, spec_.steps.begin() + last + 1);
+    fused[last] = make_bottleneck(parts, kernels_, num_threads);
+    for (int64_t i = first; i < last && fused[last] != nullptr; ++i) {
+      if (fused[i] != nullptr) fail("step '" + parts[0].name + "' is fused with more than one other.");
+      fused[i] = make_absorbed(spec_.steps[i]);
+    }
+  }
+  for (int64_t i = 0; i < num_steps; ++i) {
+    StepSpec& step = spec_.steps[i];
+    if (fused[i] != nullptr) {
+      ops_.push_back(std::move(fused[i]));
+    } else if (step.op == "torch") {
       ops_.push_back(nullptr);
     } else if (step.op == "gate") {
-      auto gate = std::make_unique<GateOp>(std::move(step), kernels, spec_.sites);
+      auto gate = std::make_unique<GateOp>(std::move(step), kernels_, spec_.sites);
       gate_of_site_[gate->site()] = gate.get();
       ops_.push_back(std::move(gate));
     } else {
-      ops_.push_back(make_op(std::move(step), kernels, num_threads));
+      ops_.push_back(make_op(std::move(step), kernels_, num_threads));
     }
     if (ops_.back() != nullptr) scratch_floats_ = std::max(scratch_floats_, ops_.back()->scratch_floats());
   }
-  spec_.steps.clear();
 }
 
 void Plan::check_sizes(const StepSpec& step) const {

@@ -57,6 +57,7 @@ class Plan {
   const KernelTable& kernels() const { return kernels_; }
 
   bool runs(int64_t step, const GateState& gates, int64_t sample) const {
+    if (for_gates_[step] && !gates.gates_run()) return false;
     for (const int32_t branch : branches_[step]) {
       if (gates.list(branch, sample).count == 0) return false;
     }
@@ -67,6 +68,8 @@ class Plan {
   Executed executed(const GateState& gates, int64_t batch) const;
 
  private:
+  int64_t num_fused(int64_t step) const;
+  void make_ops(int num_threads);
   double work_share(int64_t step, const GateState& gates, int64_t sample) const;
   void check_sizes(const StepSpec& step) const;
   void check_operand(const StepSpec& step, const Rows& rows) const;
@@ -77,6 +80,7 @@ class Plan {
   const KernelTable& kernels_;
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::vector<int32_t>> branches_;
+  std::vector<char> for_gates_;  // the step is a gate, or only gates read what it writes
   struct StepSites {
     int32_t in, out;
   };

@@ -99,6 +99,18 @@ inline Vec odd_lanes(Vec a, Vec b) {
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(halves, _MM_SHUFFLE(3, 1, 2, 0)))};
 }
 
+// Lanes moved by one: {the last of `before`, a[0], a[1], ...} and {a[1], a[2], ..., the first of `after`}.
+inline Vec shifted_up(Vec before, Vec a) {
+  const __m256i x = _mm256_castps_si256(a.v);
+  const __m256i halves = _mm256_permute2x128_si256(_mm256_castps_si256(before.v), x, 0x21);
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(x, halves, 12))};
+}
+inline Vec shifted_down(Vec a, Vec after) {
+  const __m256i x = _mm256_castps_si256(a.v);
+  const __m256i halves = _mm256_permute2x128_si256(x, _mm256_castps_si256(after.v), 0x21);
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(halves, x, 4))};
+}
+
 // out[j][i] = in[i][j] for i, j < 8: pairs of rows, then fours, are woven inside the 128-bit halves, then the halves change places.
 inline void transpose_tile(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   __m256 fours[8];  // fours[4 g + c], half h: column 4 h + c of rows 4 g .. 4 g + 3

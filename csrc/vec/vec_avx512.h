@@ -82,6 +82,14 @@ inline Vec odd_lanes(Vec a, Vec b) {
   return {_mm512_permutex2var_ps(a.v, index, b.v)};
 }
 
+// Lanes moved by one: {the last of `before`, a[0], a[1], ...} and {a[1], a[2], ..., the first of `after`}.
+inline Vec shifted_up(Vec before, Vec a) {
+  return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(before.v), 15))};
+}
+inline Vec shifted_down(Vec a, Vec after) {
+  return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(after.v), _mm512_castps_si512(a.v), 1))};
+}
+
 // out[j][i] = in[i][j] for i, j < 16: pairs of rows, then fours, are woven inside the 128-bit quarters, then the quarters change places.
 inline void transpose_tile(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   __m512 fours[16];  // fours[4 g + c], quarter q: column 4 q + c of rows 4 g .. 4 g + 3

@@ -78,6 +78,10 @@ inline Vec min_keep_nan(Vec a, Vec b) { return a.v != a.v ? a : min(a, b); }
 inline Vec even_lanes(Vec a, Vec) { return a; }
 inline Vec odd_lanes(Vec, Vec b) { return b; }
 
+// Lanes moved by one: {the last of `before`, a[0], a[1], ...} and {a[1], a[2], ..., the first of `after`}.
+inline Vec shifted_up(Vec before, Vec) { return before; }
+inline Vec shifted_down(Vec, Vec after) { return after; }
+
 inline void transpose_tile(const float* in, int64_t, float* out, int64_t) { *out = *in; }
 
 inline float reduce_add(Vec a) { return a.v; }

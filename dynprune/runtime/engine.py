@@ -131,7 +131,10 @@ class Engine:
         return _join(results)
 
     def step_times_ms(self, inputs: Sequence[Tensor], *, active: Mapping[str, Sequence[Sequence[int]]] | None = None) -> list[float]:
-        """Returns the wall time of each step in one run at level 0 or with given lists; PyTorch's steps count 0."""
+        """Returns the wall time of each step in one run at level 0 or with given lists; PyTorch's steps count 0.
+
+        The gates and what only they read run too, which other runs of that kind leave out.
+        """
         batch = inputs[0].shape[0]
         workspace = self._acquire(batch)
         workspace.set_profiling(True)

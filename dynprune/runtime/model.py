@@ -150,8 +150,9 @@ class DynamicModel(nn.Module):
         due_ns = _FAR_NS if deadline is None else _due_ns(deadline)
         if self._example is not None and not (_is_plain(args) and _is_plain(kwargs)):
             return self._run_in_pytorch(args, kwargs)
+        gates = deadline is not None or self._level > 0 or self._controller is not None or self._monitor is not None
         try:
-            session, inputs = self._session_for(args, kwargs)
+            session, inputs = self._session_for(args, kwargs, gates=gates)
         except UnsupportedModelError as error:
             if self._example is None:
                 raise
@@ -504,11 +505,14 @@ class DynamicModel(nn.Module):
         )
         return key, inputs
 
-    def _session_for(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Session, list[Tensor]]:
-        """Returns the session for the shapes of a call, captured now if they are new, and the call's tensors."""
+    def _session_for(self, args: tuple, kwargs: dict[str, Any], *, gates: bool = True) -> tuple[Session, list[Tensor]]:
+        """Returns the session for the shapes of a call, captured now if they are new, and the call's tensors.
+
+        `gates` says whether the call's result may depend on the gates; where not, changes of theirs are left to a later call.
+        """
         key, inputs = self._key(args, kwargs)
         if not self.training:
-            self._follow_changes()
+            self._follow_changes(gates=gates)
         session = self._sessions.get(key)
         if session is None:
             if key in self._uncapturable:
@@ -579,10 +583,14 @@ class DynamicModel(nn.Module):
         args, kwargs = self.example
         return self._session_for(args, kwargs)[0]
 
-    def _follow_changes(self) -> None:
-        """Makes later calls capture a model again in which a module or weight was replaced, and fold weights again that were written."""
-        model, gates = self._model_watch, self._gate_watch
-        if model is None or not (model.replaced() or model.written() or gates.replaced() or gates.written()):
+    def _follow_changes(self, *, gates: bool) -> None:
+        """Makes later calls capture a model again in which a module or weight was replaced, and fold weights again that were written.
+
+        Args:
+            gates: whether to look at the gates too, whose weights matter only where they decide.
+        """
+        model = self._model_watch
+        if model is None or not (model.changed() or (gates and self._gate_watch.changed())):
             return
         with self._lock:
             if self._model_watch is not model:
@@ -604,8 +612,11 @@ class DynamicModel(nn.Module):
                 session.refresh(weights=weights)
 
     def _runs_on_engine(self, inputs: list[Tensor]) -> bool:
-        if self.training or any(x.device.type != "cpu" for x in inputs):
+        if self.training:
             return False
+        for x in inputs:
+            if not x.is_cpu:
+                return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.model.parameters())):
             self._warn_once("grad", "Gradients are enabled, so this call runs on PyTorch; use torch.no_grad() to run on the engine.")
             return False
@@ -679,7 +690,7 @@ class DynamicModel(nn.Module):
             macs=execution.macs,
             all_macs=totals.macs * batch,
             sites=totals.sites,
-            rows=np.stack((execution.counts.sum(1), totals.rows * batch)),
+            rows=(execution.counts.sum(1), totals.rows * batch),
             level=execution.level,
             missed=missed,
             guard_actions=execution.guard_actions,

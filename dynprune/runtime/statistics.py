@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ class StatsRecorder:
             self._inferences = self._samples = self._misses = self._guard_actions = self._guarded_calls = 0
             self._level_raise = self._accuracy_cost = 0.0
             self._macs = self._all_macs = 0.0
-            self._rows: dict[tuple[str, ...], np.ndarray] = {}
+            self._rows: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
             self._latencies_ms: deque[float] = deque(maxlen=WINDOW)
             self._level: float | None = None
 
@@ -91,7 +92,7 @@ class StatsRecorder:
         macs: float,
         all_macs: float,
         sites: tuple[str, ...],
-        rows: np.ndarray,
+        rows: Sequence[np.ndarray],
         level: float,
         missed: bool,
         guard_actions: int,
@@ -103,7 +104,7 @@ class StatsRecorder:
             latency_ms: of the call.
             macs, all_macs: multiply-adds executed, and of the whole model, for the batch.
             sites: names of the sites that `rows` counts.
-            rows: (2, sites), how many rows of each ran in the batch and how many there were.
+            rows: two arrays (sites,): how many rows of each ran in the batch, and how many there were.
             level: at the end of the call.
             missed: whether it took longer than its budget.
             guard_actions: how often the deadline raised the level.
@@ -117,8 +118,9 @@ class StatsRecorder:
             self._all_macs += all_macs
             self._latencies_ms.append(latency_ms)
             self._level = level
+            ran, could = rows
             known = self._rows.get(sites)
-            self._rows[sites] = rows if known is None else known + rows
+            self._rows[sites] = (ran, could) if known is None else (known[0] + ran, known[1] + could)
 
     def add_guarded(self, level_raise: float, accuracy_cost: float) -> None:
         """Counts one call whose level the deadline raised, and the accuracy expected to be lost by it at most."""
@@ -133,7 +135,7 @@ class StatsRecorder:
             latencies = list(self._latencies_ms)
             rows: dict[str, np.ndarray] = {}
             for names, table in self._rows.items():
-                for name, column in zip(names, table.T, strict=True):
+                for name, column in zip(names, np.stack(table, 1), strict=True):
                     rows[name] = rows.get(name, 0) + column
             return Stats(
                 inferences=self._inferences,

@@ -32,12 +32,10 @@ class DepthwiseOp final : public BlockOp {
     std::fill_n(extra, zeros_, 0.0f);
     const int64_t first_row = block.positions.begin / shape.out_width;
     const int64_t num_rows = block.positions.end / shape.out_width - first_row;
-    for (int64_t i = block.rows.begin; i < block.rows.end; ++i) {
-      const int64_t channel = block.index != nullptr ? block.index[i] : i;
-      kernels_.depthwise({&map_.window(), &map_.lines(), run.row(spec_.inputs[0], sample, i), first_row, num_rows,
-                          weight_ + channel * shape.taps(), bias_[channel], clamp_.low, clamp_.high, extra,
-                          extra + zeros_, out + (i - block.rows.begin) * block.stride});
-    }
+    kernels_.depthwise({&map_.window(), &map_.lines(), block.rows.end - block.rows.begin,
+                        run.row(spec_.inputs[0], sample, block.rows.begin), spec_.inputs[0].row_stride, first_row, num_rows, weight_, bias_,
+                        block.index != nullptr ? block.index + block.rows.begin : nullptr, block.rows.begin, clamp_.low, clamp_.high, extra,
+                        extra + zeros_, out, block.stride});
     clamp_.apply_rest(kernels_, block.rows.end - block.rows.begin, block.positions.end - block.positions.begin, out, block.stride);
   }
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from dynprune.graph.capture import Node
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
+from dynprune.runtime.lowering.fusing import mark_fused
 from dynprune.runtime.lowering.values import ConstantValue, DraftStep, EngineValue, NotOnEngine
 from dynprune.runtime.memory import place_buffers
 from dynprune.runtime.plan import Buffer, Plan, PlanSite, Rows, Step, TorchCall, Value, View
@@ -124,12 +125,25 @@ def _ends(steps: list[DraftStep], outputs: list[Any]) -> dict[str, tuple[int, in
     return ends | {name: (len(steps), len(steps)) for name in returned}
 
 
+def _fuse(draft: Draft, steps: list[DraftStep], outputs: list[Any]) -> dict[int, int]:
+    """Marks steps that may run as one; see `mark_fused`."""
+    readers = Counter(buffer for step in steps for buffer in _reads(draft, step))
+    readers.update(draft.resolve(output.buffer)[0] for output in outputs if isinstance(output, View))
+    writers = Counter(buffer for step in steps for buffer in _writes(draft, step))
+
+    def place(rows: Rows) -> Rows:
+        buffer, offset = draft.resolve(rows.buffer, rows.offset)
+        return replace(rows, buffer=buffer, offset=offset)
+
+    return mark_fused(steps, readers, writers, lambda buffer: draft.buffers[buffer].kind == "arena", place)
+
+
 def _place(draft: Draft, steps: list[DraftStep], inputs: list[View], outputs: list[Any]) -> tuple[list[Buffer], int, dict[int, int]]:
     """Returns the plan's buffers, the arena's size, and which of them each buffer of the draft has become."""
-    ends = _ends(steps, outputs)
+    ends, fused_until = _ends(steps, outputs), _fuse(draft, steps, outputs)
     lifetimes: dict[int, tuple[int, int]] = {view.buffer: (0, 0) for view in inputs}
     for i, step in enumerate(steps):
-        until = max(i, ends[step.call.result][1]) if step.call and _may_share(step.call) else i
+        until = max(i, ends[step.call.result][1]) if step.call and _may_share(step.call) else fused_until.get(i, i)
         for buffer in _writes(draft, step) | _reads(draft, step):
             first, last = lifetimes.get(buffer, (i, i))
             lifetimes[buffer] = (first, max(last, until))

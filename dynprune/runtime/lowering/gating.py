@@ -85,7 +85,8 @@ class Gates:
             draft.drop(site, f"its gate reads several features of each channel of site '{draft.sites[value.site].name}'")
         buffer = draft.new_buffer(f"{source.name}_mean", rows.rows)
         pooled = Rows(buffer, 0, rows.rows, 1, 1)
-        step = DraftStep("mean", source.module_path or source.name, [rows], pooled, {"scatter": [int(value.site >= 0)]}, in_site=value.site)
+        ints = {"scatter": [int(value.site >= 0)], "for_gates": [1]}
+        step = DraftStep("mean", source.module_path or source.name, [rows], pooled, ints, in_site=value.site)
         step.branches = branches
         draft.steps.append(step)
         return self._remember(source, row_dim, branches, pooled)
@@ -99,7 +100,8 @@ class Gates:
         scaled = Rows(self._draft.new_buffer(f"{source.name}_mean", means.rows), 0, means.rows, 1, 1)
         constants = {"scale": np.full(means.rows, factor, np.float32), "shift": np.zeros(means.rows, np.float32)}
         name = source.module_path or source.name
-        self._draft.steps.append(DraftStep("affine", name, [means], scaled, constants=constants, branches=branches))
+        ints = {"for_gates": [1]}
+        self._draft.steps.append(DraftStep("affine", name, [means], scaled, ints, constants=constants, branches=branches))
         return scaled
 
 

@@ -1,0 +1,51 @@
+// Reads what a model's parameters and modules are now; called once per inference, so without Python code in the loop.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace dynprune {
+namespace {
+
+// Whether the values of the dicts `tables`, one after the other, are the very objects in `members`.
+bool same_members(const py::tuple& tables, const py::tuple& members) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(members.ptr());
+  Py_ssize_t i = 0;
+  for (const py::handle table : tables) {
+    if (!PyDict_Check(table.ptr())) throw py::type_error("tables must be dicts.");
+    PyObject* value = nullptr;
+    Py_ssize_t place = 0;
+    while (PyDict_Next(table.ptr(), &place, nullptr, &value) != 0) {
+      if (i == count || PyTuple_GET_ITEM(members.ptr(), i) != value) return false;
+      ++i;
+    }
+  }
+  return i == count;
+}
+
+// The sum of `tensor._version`, how often each was written in place.
+int64_t version_sum(const py::tuple& tensors) {
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  // After an inference the tensors are no longer in the cache, and each hangs on a chain of pointers: the heads are fetched ahead.
+  constexpr Py_ssize_t kAhead = 8;
+  const Py_ssize_t count = PyTuple_GET_SIZE(tensors.ptr());
+  int64_t sum = 0;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) __builtin_prefetch(PyTuple_GET_ITEM(tensors.ptr(), i + kAhead));
+    const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(PyTuple_GET_ITEM(tensors.ptr(), i), name));
+    if (!version) throw py::error_already_set();
+    sum += PyLong_AsLongLong(version.ptr());
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+  return sum;
+}
+
+}  // namespace
+
+void bind_watch(py::module_& m) {
+  m.def("same_members", &same_members, py::arg("tables"), py::arg("members"));
+  m.def("version_sum", &version_sum, py::arg("tensors"));
+}
+
+}  // namespace dynprune
