@@ -12,6 +12,7 @@
 #include "kernels/matvec-inl.h"
 #include "kernels/normalize-inl.h"
 #include "kernels/pool-inl.h"
+#include "kernels/sparse-inl.h"
 #include "kernels/transpose-inl.h"
 #include "kernels/winograd-inl.h"
 
@@ -28,6 +29,8 @@ const KernelTable& scalar_kernels() {
       epilogue,
       dot_rows,
       axpy_rows,
+      sparse_gemm,
+      sparse_dot,
       depthwise,
       pool,
       row_means,
