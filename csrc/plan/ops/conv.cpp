@@ -17,8 +17,6 @@ namespace {
 
 // Length of a block of the reduction: a panel of 384 x 64 floats fits a second-level cache several times.
 constexpr int64_t kBlock = 384;
-// The same for a sparse weight, which reads the panel's rows in no order.
-constexpr int64_t kSparseBlock = 384;
 
 class ConvOp final : public Op, public Compensated {
  public:
@@ -45,7 +43,7 @@ class ConvOp final : public Op, public Compensated {
     max_rows_ = (shape_.out_channels + grid_.row_parts - 1) / grid_.row_parts;
     if (reader.integer("sparse", 0) != 0) {
       reader.check(shape_.groups == 1, "'sparse' needs one group");
-      sparse_.emplace(weight_, shape_.out_channels, shape_.in_channels, shape_.taps(), kSparseBlock);
+      sparse_.emplace(weight_, shape_.out_channels, shape_.in_channels, shape_.taps());
     }
   }
 

@@ -7,6 +7,12 @@ namespace {
 
 int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+// A panel of 128 x 64 floats stays in a first-level cache, which a row that reads its panel rows in no order needs more than a dense
+// one. Where a row has few nonzeros in so short a block, loading and storing its sums costs more than that, so blocks grow to 384.
+constexpr int64_t kMinBlock = 128;
+constexpr int64_t kMaxBlock = 384;
+constexpr int64_t kNonzerosPerBlock = 24;
+
 constexpr int64_t kRunFloats = sizeof(SparseRun) / sizeof(float);
 
 }  // namespace
@@ -27,9 +33,11 @@ CsrWeight make_csr(const float* weight, int64_t rows, int64_t columns) {
   return csr;
 }
 
-SparseWeight::SparseWeight(const float* weight, int64_t rows, int64_t channels, int64_t taps, int64_t max_block)
-    : channels_(channels), taps_(taps), block_channels_(std::max<int64_t>(1, max_block / taps)) {
+SparseWeight::SparseWeight(const float* weight, int64_t rows, int64_t channels, int64_t taps) : channels_(channels), taps_(taps) {
   const CsrWeight csr = make_csr(weight, rows, channels * taps);
+  const int64_t nonzeros = std::max<int64_t>(1, static_cast<int64_t>(csr.column.size()));
+  const int64_t block = std::clamp(kNonzerosPerBlock * rows * channels * taps / nonzeros, kMinBlock, kMaxBlock);
+  block_channels_ = std::max<int64_t>(1, block / taps);
   for (int64_t r = 0; r < rows;) {
     const int32_t together = r + kSparseMaxRows <= rows && same_columns(csr, r) ? kSparseMaxRows : 1;
     const int64_t count = csr.row_start[r + 1] - csr.row_start[r];

@@ -21,8 +21,8 @@ CsrWeight make_csr(const float* weight, int64_t rows, int64_t columns);
 // same nonzero columns form a group and share one list; any other row is a group of its own.
 class SparseWeight {
  public:
-  // weight: [rows][channels * taps]. `max_block`: the longest block of the reduction, unless one channel's taps are more.
-  SparseWeight(const float* weight, int64_t rows, int64_t channels, int64_t taps, int64_t max_block);
+  // weight: [rows][channels * taps].
+  SparseWeight(const float* weight, int64_t rows, int64_t channels, int64_t taps);
 
   // How many blocks a reduction over `channels` channels has, and the longest one there can be.
   int64_t blocks(int64_t channels) const;
@@ -60,7 +60,7 @@ class SparseWeight {
 
   int64_t channels_;
   int64_t taps_;
-  int64_t block_channels_;
+  int64_t block_channels_ = 1;
   int64_t max_count_ = 0;  // nonzeros of a row
   std::vector<Group> groups_;
   std::vector<int32_t> group_of_row_;
