@@ -111,6 +111,46 @@ struct DotRowsArgs {
   float* out;
 };
 
+// Rows of a sparse weight that share their columns: out rows out_row .. out_row + rows - 1; nonzero j (j < count) stands at
+// column[first_column + j], its weight for row i at value[first_value + j * value_stride + i]. rows is 1 or kSparseMaxRows.
+struct SparseRun {
+  int32_t out_row;
+  int32_t rows;
+  int32_t count;
+  int32_t value_stride;
+  int64_t first_column;
+  int64_t first_value;
+};
+constexpr int kSparseMaxRows = 4;
+
+// out[r][p] = (accumulate ? out[r][p] : 0) + sum_j value[j] * panel[column[j]][p] for every row of every run.
+struct SparseGemmArgs {
+  const SparseRun* runs;
+  int64_t num_runs;
+  const int32_t* column;
+  const float* value;
+  int64_t width;       // lanes, a multiple of the vector length, at most gemm_max_vectors vectors
+  const float* panel;  // all `width` lanes of the rows that the columns name are read
+  int64_t panel_stride;
+  float* out;
+  int64_t out_stride;
+  bool accumulate;
+};
+
+// Matrix-vector with a sparse weight: out[i] = bias[r] + sum_j value[j] * x[column[j]], j from row_start[r] to row_start[r + 1],
+// r = row_index ? row_index[i] : first_row + i.
+struct SparseDotArgs {
+  int64_t rows;
+  const int64_t* row_start;
+  const int32_t* column;
+  const float* value;
+  const int32_t* row_index;
+  int64_t first_row;
+  const float* x;
+  const float* bias;  // indexed by r; may be null
+  float* out;
+};
+
 // Matrix-vector by column: out[i] = bias[i] + sum_j x[j] * weight[c_j * weight_stride + i], c_j = column_index ? column_index[j] : j.
 struct AxpyRowsArgs {
   int64_t n;
@@ -322,6 +362,8 @@ struct KernelTable {
   void (*epilogue)(const EpilogueArgs&);
   void (*dot_rows)(const DotRowsArgs&);
   void (*axpy_rows)(const AxpyRowsArgs&);
+  void (*sparse_gemm)(const SparseGemmArgs&);
+  void (*sparse_dot)(const SparseDotArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   void (*pointwise)(const PointwiseArgs&);
   void (*pool)(const PoolArgs&);

@@ -13,6 +13,7 @@
 #include "kernels/normalize-inl.h"
 #include "kernels/pointwise-inl.h"
 #include "kernels/pool-inl.h"
+#include "kernels/sparse-inl.h"
 #include "kernels/transpose-inl.h"
 #include "kernels/winograd-inl.h"
 
@@ -29,6 +30,8 @@ const KernelTable& avx2_kernels() {
       epilogue,
       dot_rows,
       axpy_rows,
+      sparse_gemm,
+      sparse_dot,
       depthwise,
       pointwise,
       pool,

@@ -45,6 +45,10 @@ inline Mask mask_from_bits(std::uint32_t bits) {  // lane i is bit i
 inline Vec load_masked(const float* p, Mask m) { return {_mm256_maskload_ps(p, _mm256_castps_si256(m.m))}; }
 inline Vec load_masked(const float* p, uint32_t bits) { return load_masked(p, lanes_of_bits(bits)); }
 inline Vec load_masked(const float* p, Mask m, Vec fill) { return {_mm256_blendv_ps(fill.v, load_masked(p, m).v, m.m)}; }
+// Lane i is p[index[i]].
+inline Vec gather(const float* p, const int32_t* index) {
+  return {_mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
+}
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store_partial(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
 

@@ -41,6 +41,8 @@ inline Mask mask_from_bits(std::uint32_t bits) { return {static_cast<__mmask16>(
 inline Vec load_masked(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m.m, p)}; }
 inline Vec load_masked(const float* p, uint32_t bits) { return load_masked(p, lanes_of_bits(bits)); }
 inline Vec load_masked(const float* p, Mask m, Vec fill) { return {_mm512_mask_loadu_ps(fill.v, m.m, p)}; }
+// Lane i is p[index[i]].
+inline Vec gather(const float* p, const int32_t* index) { return {_mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store_partial(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 

@@ -30,6 +30,8 @@ inline Mask mask_from_bits(std::uint32_t bits) { return {(bits & 1u) != 0}; }  /
 inline Vec load_masked(const float* p, Mask m) { return {m.m ? *p : 0.0f}; }
 inline Vec load_masked(const float* p, uint32_t bits) { return load_masked(p, lanes_of_bits(bits)); }
 inline Vec load_masked(const float* p, Mask m, Vec fill) { return {m.m ? *p : fill.v}; }
+// Lane i is p[index[i]].
+inline Vec gather(const float* p, const int32_t* index) { return {p[*index]}; }
 inline void store(float* p, Vec a) { *p = a.v; }
 inline void store_partial(float* p, Vec a, int n) {
   if (n > 0) *p = a.v;

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dynprune.gates.heads import Gate
 from dynprune.graph.sites import Sites, Ungated
 from dynprune.runtime.costs import CostTable
+from dynprune.runtime.lowering.sparse import describe
 from dynprune.runtime.plan import Plan, Step
 
 
@@ -36,6 +37,9 @@ def explain(plan: Plan, sites: Sites, unhooked: Sequence[Ungated], gates: Mappin
         table = [["site", "kind", "groups", "MACs that can go"]]
         table += [[s.name, s.kind, str(s.num_groups), f"{100 * s.macs_share:.1f} %"] for s in sites.sites if s.name in kept]
         parts.append(_aligned(table))
+    zeros = [(step.name, words) for step in plan.steps if (words := describe(step)) is not None]
+    if zeros:
+        parts.append("Sparse weights:\n" + "\n".join(f"  {name}: {words}" for name, words in zeros))
     refused = [(u.name, u.reason) for u in (*sites.ungated, *unhooked)] + list(plan.ungated)
     if refused:
         parts.append("Not gated:\n" + "\n".join(f"  {name or '(root)'}: {reason}" for name, reason in refused))

@@ -20,6 +20,7 @@ from dynprune.runtime.lowering.assemble import assemble, settle_outputs
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.gating import Gates, check_branches
 from dynprune.runtime.lowering.registry import HANDLERS, POSITIONLESS
+from dynprune.runtime.lowering.sparse import mark_sparse
 from dynprune.runtime.lowering.uniform import batch_uniform
 from dynprune.runtime.lowering.values import ConstantValue, DraftValue, EngineValue, MergedValue, NotOnEngine, TorchValue
 from dynprune.runtime.plan import Plan, View
@@ -51,7 +52,9 @@ def lower(graph: Graph, sites: Sites) -> Plan:
         outputs = settle_outputs(draft)
         check_branches(draft)
         if not draft.dropped:
-            return assemble(draft, inputs, outputs, None if graph.dynamic_batch else graph.batch_size, ungated)
+            plan = assemble(draft, inputs, outputs, None if graph.dynamic_batch else graph.batch_size, ungated)
+            mark_sparse(plan.steps)
+            return plan
         ungated += [(kept[i].name, reason) for i, reason in sorted(draft.dropped.items())]
         kept = tuple(site for i, site in enumerate(kept) if i not in draft.dropped)
 

@@ -33,13 +33,18 @@ def conv_reference(x, weight, bias, shape):
 
 
 class ConvCase:
-    """A conv step with random weights, inputs masked by lists, poisoned outputs, and what PyTorch makes of them."""
+    """A conv step with random weights, inputs masked by lists, poisoned outputs, and what PyTorch makes of them.
 
-    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0):
+    `zeros` is a function that puts zeros into the weight; the step then runs as a sparse one.
+    """
+
+    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0, zeros=None):
         channels, outputs, height, width, kernel, stride, padding, dilation, groups = shape
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.weight = torch.randn(outputs, channels // groups, *kernel)
+        if zeros is not None:
+            zeros(self.weight)
         self.bias = torch.randn(outputs)
         x = torch.randn(batch, channels, height, width)
         self.in_lists = None if in_kind is None else [active_list(in_kind, channels, rng) for _ in range(batch)]
@@ -83,6 +88,7 @@ class ConvCase:
                 "padding": list(padding),
                 "dilation": list(dilation),
                 "groups": [groups],
+                "sparse": [int(zeros is not None)],
                 **RELU["ints"],
             },
             "floats": RELU["floats"],
@@ -157,11 +163,13 @@ def test_threads_do_not_change_the_result(isa, num_threads, in_kind):
     ConvCase(shape, 2, in_kind, in_kind, seed=11).check(isa, num_threads)
 
 
-def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2, compensation=False, num_threads=1):
+def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2, compensation=False, num_threads=1, zeros=None):
     rng = np.random.default_rng(3)
     torch.manual_seed(3)
     channels = features // repeat
     weight, bias, x = torch.randn(outputs, features), torch.randn(outputs), torch.randn(batch, features)
+    if zeros is not None:
+        zeros(weight)
     in_lists = None if in_kind is None else [active_list(in_kind, channels, rng) for _ in range(batch)]
     out_lists = None if out_kind is None else [active_list(out_kind, outputs, rng) for _ in range(batch)]
     means = torch.randn(channels)
@@ -188,7 +196,7 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
         "name": "case",
         "inputs": [(0, 0, channels, repeat, repeat)],
         "output": (1, 0, outputs, 1, 1),
-        "ints": {"in_features": [features], "out_features": [outputs], "repeat": [repeat], "activation": [8]},
+        "ints": {"in_features": [features], "out_features": [outputs], "repeat": [repeat], "sparse": [int(zeros is not None)], "activation": [8]},
         "constants": {"weight": weight.numpy(), "bias": bias.numpy()},
         "in_site": -1 if in_lists is None else 0,
         "out_site": -1 if out_lists is None else len(sites) - 1,

@@ -4,9 +4,11 @@
 // multiplies the chosen weight rows with it; the sums stay in scratch, and commit adds bias and residual, activates and stores.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "plan/ops/conv_tiling.h"
 #include "plan/ops/factories.h"
+#include "plan/ops/sparse_weight.h"
 #include "plan/ops/spec_reader.h"
 #include "plan/ops/winograd.h"
 
@@ -39,11 +41,17 @@ class ConvOp final : public Op, public Compensated {
       max_width_ = std::max(max_width_, chunk_width(part_of(tile_count(), part, grid_.position_parts)));
     }
     max_rows_ = (shape_.out_channels + grid_.row_parts - 1) / grid_.row_parts;
+    if (reader.integer("sparse", 0) != 0) {
+      reader.check(shape_.groups == 1, "'sparse' needs one group");
+      sparse_.emplace(weight_, shape_.out_channels, shape_.in_channels, shape_.taps());
+    }
   }
 
   int64_t chunks_per_sample() const override { return grid_.position_parts * grid_.row_parts; }
 
-  int64_t scratch_floats() const override { return panel_offset() + kBlock * kernels_.gemm_max_vectors * kernels_.lanes; }
+  int64_t scratch_floats() const override {
+    return panel_offset() + std::max(kBlock, sparse_ ? sparse_->max_block() : 0) * kernels_.gemm_max_vectors * kernels_.lanes;
+  }
 
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
     const Chunk chunk = chunk_of(run, sample, part);
@@ -51,7 +59,8 @@ class ConvOp final : public Op, public Compensated {
     auto* offsets = reinterpret_cast<int32_t*>(scratch + offsets_offset());
     const int64_t in_count = std::min(run.num_active(spec_.in_site, sample, shape_.in_channels), shape_.in_channels);
     const int32_t* in_index = spec_.in_site < 0 ? nullptr : run.active(spec_.in_site, sample).index;
-    for (int64_t row = chunk.rows.begin; row < chunk.rows.end;) {
+    if (sparse_) multiply_sparse(run, sample, chunk, in_index, in_count, scratch, panel);
+    for (int64_t row = chunk.rows.begin; row < chunk.rows.end && !sparse_;) {
       const int64_t group = chunk.channel(row) / shape_.group_outputs();
       const int64_t rows_end = end_of_group(chunk, row, group);
       const Range inputs = inputs_of_group(in_index, in_count, group);
@@ -164,6 +173,29 @@ class ConvOp final : public Op, public Compensated {
     }
   }
 
+  void multiply_sparse(const RunView& run, int64_t sample, const Chunk& chunk, const int32_t* in_index, int64_t in_count, float* sums,
+                       float* panel) const {
+    float* scratch = sums + sparse_offset();
+    const SparseWeight::Request request{chunk.rows, chunk.index, in_index, in_count};
+    const float* planes = run.row(x_, sample, 0);
+    const int64_t blocks = sparse_->blocks(in_count);
+    sparse_->prepare(request, scratch);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Range channels = part_of(in_count, block, blocks);
+      SparseGemmArgs product = sparse_->select(request, block, max_rows_, scratch);
+      product.out_stride = chunk.width;
+      product.out = sums;
+      for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
+        product.width = tiles_[t].vectors * kernels_.lanes;
+        const Panel patches = pack(planes, t, {channels.begin * shape_.taps(), channels.end * shape_.taps()}, panel);
+        product.panel = patches.data;
+        product.panel_stride = patches.stride;
+        kernels_.sparse_gemm(product);
+        product.out += product.width;
+      }
+    }
+  }
+
   struct Panel {
     const float* data;
     int64_t stride;
@@ -217,7 +249,10 @@ class ConvOp final : public Op, public Compensated {
   static int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
   int64_t bias_offset() const { return align(max_rows_ * max_width_); }
   int64_t offsets_offset() const { return bias_offset() + align(max_rows_); }
-  int64_t panel_offset() const { return offsets_offset() + align(kBlock); }
+  int64_t sparse_offset() const { return offsets_offset() + align(kBlock); }
+  int64_t panel_offset() const {
+    return sparse_offset() + (sparse_ ? align(sparse_->scratch_floats(max_rows_, spec_.in_site >= 0)) : 0);
+  }
 
   const KernelTable& kernels_;
   ConvShape shape_;
@@ -229,6 +264,7 @@ class ConvOp final : public Op, public Compensated {
   std::vector<PositionTile> tiles_;
   PatchMap patches_;
   ChunkGrid grid_;
+  std::optional<SparseWeight> sparse_;
   std::vector<int32_t> offsets_;  // 0, 1, 2, ...: the weight offsets of a whole input
   int64_t max_width_ = 0;
   int64_t max_rows_ = 0;
@@ -237,7 +273,11 @@ class ConvOp final : public Op, public Compensated {
 }  // namespace
 
 std::unique_ptr<Op> make_conv(StepSpec spec, const KernelTable& kernels, int num_threads) {
-  if (const int64_t tile = choose_winograd_tile(spec, read_conv_shape(spec), kernels)) {
+  const SpecReader reader(spec);
+  const bool sparse = reader.integer("sparse", 0) != 0;
+  reader.check(!sparse || reader.integer("winograd", 0) == 0, "'sparse' and 'winograd' exclude each other");
+  const int64_t tile = sparse ? 0 : choose_winograd_tile(spec, read_conv_shape(spec), kernels);
+  if (tile != 0) {
     return make_winograd(std::move(spec), kernels, num_threads, tile);
   }
   return std::make_unique<ConvOp>(std::move(spec), kernels, num_threads);

@@ -2,6 +2,7 @@
 //
 // Without an input list a weight row is contiguous and each output is a dot product. With one, the weight is kept transposed in panels
 // of some outputs, so that an input that does not run is a row not read and the rows that are read follow each other in memory.
+// A sparse weight multiplies the whole input, with zeros where it does not run.
 //
 // Skipped channels at their means m: y = bias + W m + sum over the active c of w_c (x_c - m_c), which costs no more than without.
 #include <algorithm>
@@ -9,6 +10,7 @@
 
 #include "base/aligned_buffer.h"
 #include "plan/ops/factories.h"
+#include "plan/ops/sparse_weight.h"
 #include "plan/ops/spec_reader.h"
 
 namespace dynprune {
@@ -30,6 +32,7 @@ class LinearOp final : public Op, public Compensated {
     weight_ = reader.constant("weight", {out_, in_});
     bias_ = reader.constant("bias", {out_});
     activation_ = reader.activation();
+    sparse_ = reader.integer("sparse", 0) != 0;
     // 50 us of a core that streams 10 GB/s of weights.
     constexpr int64_t kChunkWeights = 125'000;
     constexpr int64_t kMinOutputs = 64;
@@ -39,7 +42,11 @@ class LinearOp final : public Op, public Compensated {
     const int64_t units = spec_.in_site >= 0 ? num_panels() : std::max<int64_t>(1, out_ / kMinOutputs);
     parts_ = num_threads == 1 ? 1 : std::min(wanted, units);
     max_outputs_ = (spec_.in_site >= 0 ? (num_panels() + parts_ - 1) / parts_ * panel_ : (out_ + parts_ - 1) / parts_) + 16;
-    if (spec_.in_site >= 0) transpose();
+    if (sparse_) {
+      nonzeros_ = make_csr(weight_, out_, in_);
+    } else if (spec_.in_site >= 0) {
+      transpose();
+    }
   }
 
   int64_t chunks_per_sample() const override { return parts_; }
@@ -53,7 +60,11 @@ class LinearOp final : public Op, public Compensated {
     if (spec_.in_site < 0) {
       const Range rows = active_outputs(run, sample, part);
       const int32_t* index = spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index + rows.begin;
-      kernels_.dot_rows({rows.end - rows.begin, in_, weight_, in_, index, rows.begin, x, bias_, scratch});
+      if (sparse_) {
+        multiply_sparse(rows, index, x, bias_, scratch);
+      } else {
+        kernels_.dot_rows({rows.end - rows.begin, in_, weight_, in_, index, rows.begin, x, bias_, scratch});
+      }
       return;
     }
     const int32_t* active = run.active(spec_.in_site, sample).index;
@@ -65,6 +76,11 @@ class LinearOp final : public Op, public Compensated {
     }
     const float* start = compensated ? bias_at_means_.data() : bias_;
     const Range outputs = panel_outputs(part);
+    if (sparse_) {
+      spread_input(active, count, x);
+      multiply_sparse(outputs, nullptr, x, start, scratch);
+      return;
+    }
     for (int64_t first = outputs.begin; first < outputs.end; first += panel_) {
       sum_panel(first, active, count, x, start + first, scratch + first - outputs.begin);
     }
@@ -150,6 +166,23 @@ class LinearOp final : public Op, public Compensated {
     }
   }
 
+  void multiply_sparse(Range rows, const int32_t* index, const float* x, const float* start, float* out) const {
+    kernels_.sparse_dot({rows.end - rows.begin, nonzeros_.row_start.data(), nonzeros_.column.data(), nonzeros_.value.data(), index,
+                         rows.begin, x, start, out});
+  }
+
+  // Moves the compact input to its true places, from the last one on, as each lies at or behind where it came from; zeros between them.
+  void spread_input(const int32_t* index, int64_t count, float* x) const {
+    int64_t end = in_ / repeat_;  // of the channels not yet written
+    for (int64_t j = count - 1; j >= 0; --j) {
+      const int64_t channel = std::clamp<int64_t>(index[j], j, end - 1);  // a late reader's list may be out of order
+      std::memmove(x + channel * repeat_, x + j * repeat_, repeat_ * sizeof(float));
+      std::memset(x + (channel + 1) * repeat_, 0, (end - channel - 1) * repeat_ * sizeof(float));
+      end = channel;
+    }
+    std::memset(x, 0, end * repeat_ * sizeof(float));
+  }
+
   void activate(float* values, int64_t n) const {
     if (n > 0 && activation_.kind != Activation::kNone) {
       kernels_.epilogue({1, n, values, 0, nullptr, nullptr, 0, values, 0, activation_});
@@ -165,6 +198,8 @@ class LinearOp final : public Op, public Compensated {
   std::vector<float> bias_at_means_;
   ActivationSpec activation_;
   AlignedBuffer<float> transposed_;
+  bool sparse_ = false;
+  CsrWeight nonzeros_;
   int64_t panel_;
   int64_t parts_;
   int64_t max_outputs_;
