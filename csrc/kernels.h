@@ -49,15 +49,43 @@ struct PackShiftedArgs {
   int64_t vectors;
 };
 
-// out[i][p] = (accumulate ? out[i][p] : 0) + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p]
+// And for any stride, where the elements of a vector lie close together: one vector of one tap is the sum of `parts` of these. Lane i of
+// a part is plane[base + pattern[i]], or 0 where bit i of `lanes` is 0. `upper` has the lanes whose pattern is 32 or more.
+struct PatchVector {
+  int32_t base;
+  int32_t pattern;
+  uint32_t lanes;
+  uint32_t upper;
+};
+constexpr int64_t kPatternReach = 64;  // elements from `base` on that may be read
+struct PackGatheredArgs {
+  const float* planes;
+  int64_t plane_stride;
+  int64_t taps;
+  int64_t first_k;
+  int64_t num_k;
+  const PatchVector* patch;  // [taps][vectors][parts]
+  int64_t parts;
+  const int32_t* patterns;   // [pattern][lanes of a vector], each below kPatternReach
+  float* panel;
+  int64_t vectors;
+};
+
+// Packed weights: those of this many output channels lie together, column by column, so that a tile of rows reads one stream of lines.
+constexpr int64_t kPackedRows = 16;
+
+// out[i][p] = (accumulate ? out[i][p] : 0) + sum_k row_i[weight_offset[k]] * panel[k][p] for p < width + tail. Row r begins at weight +
+// r * weight_stride, or, packed, at weight + r / kPackedRows * weight_stride + r % kPackedRows.
 struct GatherGemmArgs {
   int64_t m;
   int64_t k;
   int64_t width;  // lanes, a multiple of the vector length, at most gemm_max_vectors vectors
+  int64_t tail;   // further positions, at most gemm_max_tail, multiplied with rows in the lanes; 0 unless packed
   const float* weight;
   int64_t weight_stride;
-  const int32_t* row_index;      // [m]; nullptr: row i is first_row + i
-  int64_t first_row;
+  bool packed;
+  const int32_t* row_index;      // [m]; nullptr: i
+  int64_t row_shift;             // r of row i is row_index[i] + row_shift
   const int32_t* weight_offset;  // [k]
   const float* panel;            // row k at panel + k * panel_stride; all `width` lanes are read
   int64_t panel_stride;
@@ -316,11 +344,8 @@ struct WinogradInputArgs {
   int64_t out_stride;
 };
 
-// The weights of this many output channels lie together, column by column: a tile of rows reads one stream of whole lines.
-constexpr int64_t kWinogradPackedRows = 16;
-
 // out[e][i][lane] = sum_k weight[e][r_i][column k] * in[e][k][lane], r_i = row_index ? row_index[i] : first_row + i. Row r of product e
-// stands at weight + e * weight_stride + r / kWinogradPackedRows * tile_stride + r % kWinogradPackedRows, its column k column_offset[k] on.
+// stands at weight + e * weight_stride + r / kPackedRows * tile_stride + r % kPackedRows, its column k column_offset[k] on.
 struct WinogradProductArgs {
   int64_t products;
   int64_t m;
@@ -331,7 +356,7 @@ struct WinogradProductArgs {
   int64_t tile_stride;
   const int32_t* row_index;
   int64_t first_row;
-  const int32_t* column_offset;  // [k]: the input channel times kWinogradPackedRows
+  const int32_t* column_offset;  // [k]: the input channel times kPackedRows
   const float* in;               // [k][width]
   int64_t in_stride;
   float* out;  // [m][width]
@@ -356,8 +381,11 @@ struct KernelTable {
   const char* isa;
   int lanes;
   int gemm_max_vectors;  // the widest tile of gather_gemm, in vectors
+  int gemm_vectors;      // the tile with which it is fastest
+  int gemm_max_tail;     // the most positions that it takes beside whole vectors
   void (*pack_patches)(const PackArgs&);
   void (*pack_shifted)(const PackShiftedArgs&);
+  void (*pack_gathered)(const PackGatheredArgs&);
   void (*gather_gemm)(const GatherGemmArgs&);
   void (*epilogue)(const EpilogueArgs&);
   void (*dot_rows)(const DotRowsArgs&);

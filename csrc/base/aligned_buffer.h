@@ -2,15 +2,15 @@
 // that weights and activations that stream by do not wait for address translation.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace dynprune {
 
@@ -21,12 +21,12 @@ class AlignedBuffer {
   explicit AlignedBuffer(size_t count) : size_(count) {
     if (count == 0) return;
     if (count > PTRDIFF_MAX / sizeof(T)) throw std::bad_alloc();
-    const size_t alignment = count * sizeof(T) >= kHugeFrom ? kHugePage : kAlignment;
+    const size_t alignment = count * sizeof(T) < kHugePage ? kAlignment : kHugePage;
     const size_t bytes = (count * sizeof(T) + alignment - 1) / alignment * alignment;
     data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes));
     if (data_ == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // a hint: what it returns does not matter
+#if defined(MADV_HUGEPAGE)
+    if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // only a wish: without it all is the same, slower
 #endif
   }
   AlignedBuffer(AlignedBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
@@ -42,8 +42,7 @@ class AlignedBuffer {
 
  private:
   static constexpr size_t kAlignment = 64;
-  static constexpr size_t kHugePage = size_t{1} << 21;
-  static constexpr size_t kHugeFrom = 4 * kHugePage;
+  static constexpr size_t kHugePage = size_t{2} << 20;
   T* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -78,5 +78,26 @@ void pack_shifted(const PackShiftedArgs& a) {
   }
 }
 
+void pack_gathered(const PackGatheredArgs& a) {
+  const float* plane = a.planes + (a.first_k / a.taps) * a.plane_stride;
+  int64_t tap = a.first_k % a.taps;
+  float* panel = a.panel;
+  for (int64_t k = 0; k < a.num_k; ++k) {
+    const PatchVector* patch = a.patch + tap * a.vectors * a.parts;
+    for (int64_t v = 0; v < a.vectors; ++v, panel += Vec::kLanes) {
+      Vec sum = zero();
+      for (int64_t part = 0; part < a.parts; ++part, ++patch) {
+        if (patch->lanes == 0) continue;
+        sum = add(sum, gather_lanes(plane + patch->base, a.patterns + patch->pattern * Vec::kLanes, patch->lanes, patch->upper));
+      }
+      store(panel, sum);
+    }
+    if (++tap == a.taps) {
+      tap = 0;
+      plane += a.plane_stride;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dynprune

@@ -238,7 +238,7 @@ void multiply_rows(const WinogradProductArgs& a, const float* weight, const int3
 template <int kVectors>
 constexpr int max_product_rows() {
   constexpr int fit = (Vec::kRegisters - kVectors - 1) / kVectors;
-  return fit >= kWinogradPackedRows ? kWinogradPackedRows : fit >= 8 ? 8 : fit >= 1 ? fit : 1;
+  return fit >= kPackedRows ? kPackedRows : fit >= 8 ? 8 : fit >= 1 ? fit : 1;
 }
 
 template <int kRows, int kVectors>
@@ -265,15 +265,15 @@ void multiply_products(const WinogradProductArgs& a) {
     const float* in = a.in + e * a.in_stride;
     float* out = a.out + e * a.out_stride;
     for (int64_t begin = 0, end; begin < a.m; begin = end) {
-      const int64_t tile = row_of(begin) / kWinogradPackedRows;
-      int32_t lane_of_row[kWinogradPackedRows] = {static_cast<int32_t>(row_of(begin) % kWinogradPackedRows)};
-      for (end = begin + 1; end < a.m && end - begin < kWinogradPackedRows; ++end) {
+      const int64_t tile = row_of(begin) / kPackedRows;
+      int32_t lane_of_row[kPackedRows] = {static_cast<int32_t>(row_of(begin) % kPackedRows)};
+      for (end = begin + 1; end < a.m && end - begin < kPackedRows; ++end) {
         const int64_t row = row_of(end);
-        if (row / kWinogradPackedRows != tile) break;
-        lane_of_row[end - begin] = static_cast<int32_t>(row % kWinogradPackedRows);
+        if (row / kPackedRows != tile) break;
+        lane_of_row[end - begin] = static_cast<int32_t>(row % kPackedRows);
       }
-      const float* next = end < a.m ? weight + row_of(end) / kWinogradPackedRows * a.tile_stride
-                                    : weight + (e + 1 < a.products ? a.weight_stride : 0) + row_of(0) / kWinogradPackedRows * a.tile_stride;
+      const float* next = end < a.m ? weight + row_of(end) / kPackedRows * a.tile_stride
+                                    : weight + (e + 1 < a.products ? a.weight_stride : 0) + row_of(0) / kPackedRows * a.tile_stride;
       const int64_t parts = (end - begin + kMaxRows - 1) / kMaxRows;
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t first = (end - begin) * part / parts;

@@ -93,6 +93,12 @@ inline Vec min_keep_nan(Vec a, Vec b) {
   return {_mm256_blendv_ps(_mm256_min_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
 
+// Lane i is p[index[i]], or 0 where bit i of `lanes` is 0; reads no further than p + 63. `upper` has the lanes whose index is >= 32.
+inline Vec gather_lanes(const float* p, const int32_t* index, uint32_t lanes, uint32_t) {
+  return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)),
+                                   lanes_of_bits(lanes).m, 4)};
+}
+
 // The even and the odd elements of the 16 that a and b hold.
 inline Vec even_lanes(Vec a, Vec b) {
   const __m256d halves = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, _MM_SHUFFLE(2, 0, 2, 0)));

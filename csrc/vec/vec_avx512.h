@@ -74,6 +74,17 @@ inline Vec min_keep_nan(Vec a, Vec b) {
   return {_mm512_mask_mov_ps(_mm512_min_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
 }
 
+// Lane i is p[index[i]], or 0 where bit i of `lanes` is 0; reads no further than p + 63. `upper` has the lanes whose index is >= 32.
+inline Vec gather_lanes(const float* p, const int32_t* index, uint32_t lanes, uint32_t upper) {
+  const __m512i chosen = _mm512_loadu_si512(index);
+  __m512 v = _mm512_permutex2var_ps(_mm512_loadu_ps(p), chosen, _mm512_loadu_ps(p + 16));
+  if (upper != 0) {
+    const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(p + 32), chosen, _mm512_loadu_ps(p + 48));
+    v = _mm512_mask_mov_ps(v, static_cast<__mmask16>(upper), high);
+  }
+  return {_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes), v)};
+}
+
 // The even and the odd elements of the 32 that a and b hold.
 inline Vec even_lanes(Vec a, Vec b) {
   const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -76,6 +76,9 @@ inline Vec select(Mask m, Vec if_true, Vec if_false) { return {m.m ? if_true.v :
 inline Vec max_keep_nan(Vec a, Vec b) { return a.v != a.v ? a : max(a, b); }
 inline Vec min_keep_nan(Vec a, Vec b) { return a.v != a.v ? a : min(a, b); }
 
+// Lane i is p[index[i]], or 0 where bit i of `lanes` is 0; reads no further than p + 63. `upper` has the lanes whose index is >= 32.
+inline Vec gather_lanes(const float* p, const int32_t* index, uint32_t lanes, uint32_t) { return {(lanes & 1u) != 0 ? p[*index] : 0.0f}; }
+
 // The even and the odd elements of the two that a and b hold.
 inline Vec even_lanes(Vec a, Vec) { return a; }
 inline Vec odd_lanes(Vec, Vec b) { return b; }

@@ -156,6 +156,54 @@ def test_planes_read_in_place(isa, name, in_kind, out_kind):
     ConvCase(SHAPES[name], 3, in_kind, out_kind, seed=13, slack=256).check(isa)
 
 
+def pointwise(channels, outputs, height, width, stride=1):
+    return (channels, outputs, height, width, (1, 1), (stride, stride), (0, 0, 0, 0), (1, 1), 1)
+
+
+# Planes whose last vector would hold 1 to 5 positions: those are multiplied with rows in the lanes, up to four packed tiles of 16 at once.
+@pytest.mark.parametrize("out_kind", [None, "most", "random"])
+@pytest.mark.parametrize("in_kind", [None, "most"])
+@pytest.mark.parametrize("outputs", [15, 64, 97])
+@pytest.mark.parametrize("height,width", [(1, 17), (2, 9), (1, 19), (14, 14), (1, 197)], ids=lambda size: str(size))
+def test_positions_beside_whole_vectors(isa, height, width, outputs, in_kind, out_kind):
+    ConvCase(pointwise(9, outputs, height, width), 2, in_kind, out_kind, seed=21, residual=out_kind is None).check(isa)
+
+
+@pytest.mark.parametrize("out_kind", [None, "most"])
+def test_positions_beside_whole_vectors_over_blocks_of_the_reduction(isa, out_kind):
+    """1100 inputs are three blocks; the second and third add to what the first left."""
+    ConvCase(pointwise(1100, 40, 7, 7), 1, "most", out_kind, seed=22).check(isa)
+
+
+@pytest.mark.parametrize("in_kind", [None, "random"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pointwise(5, 20, 14, 14, stride=2),
+        pointwise(5, 20, 56, 56, stride=2),
+        pointwise(4, 18, 41, 23, stride=3),
+        (4, 18, 28, 28, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
+        (4, 18, 14, 14, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
+        (4, 18, 56, 56, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
+        (3, 18, 64, 64, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1), 1),
+        (3, 18, 25, 90, (5, 5), (2, 2), (2, 2, 2, 2), (2, 2), 1),
+        (3, 18, 40, 40, (3, 3), (5, 9), (1, 1, 1, 1), (1, 1), 1),
+        (3, 18, 30, 200, (3, 3), (1, 2), (1, 1, 1, 1), (1, 1), 1),
+    ],
+    ids=lambda shape: f"{shape[4][0]}x{shape[4][1]}-{shape[2]}x{shape[3]}-stride{shape[5][0]}x{shape[5][1]}",
+)
+def test_strided_patches_are_gathered(isa, shape, in_kind):
+    """With room behind the input, patches of strided layers are permuted out of whole registers; what lies behind is NaN here."""
+    ConvCase(shape, 2, in_kind, None, seed=23, slack=256).check(isa)
+
+
+@pytest.mark.parametrize("out_kind", [None, "most", "random"])
+@pytest.mark.parametrize("groups,outputs", [(3, 15), (2, 32), (4, 68)])
+def test_groups_have_packed_tiles_of_their_own(isa, groups, outputs, out_kind):
+    shape = (12, outputs, 7, 7, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), groups)
+    ConvCase(shape, 2, "most", out_kind, seed=24).check(isa)
+
+
 @pytest.mark.parametrize("num_threads", [2, 3])
 @pytest.mark.parametrize("in_kind", [None, "random"])
 def test_threads_do_not_change_the_result(isa, num_threads, in_kind):

@@ -48,7 +48,7 @@ class AttentionOp final : public Op {
     reader.check_rows("the output", spec_.output, outer_ * heads_ * out_features_, q_.positions);
     reader.check(keys_ >= 1 && features_ >= 1, "needs at least one key and one feature");
     read_mask(reader);
-    tiles_ = make_tiles(q_.positions, kernels.lanes, kernels.gemm_max_vectors);
+    tiles_ = make_tiles(q_.positions, kernels.lanes, kernels.gemm_max_vectors, 0);
     for (int64_t i = 0; i < features_; ++i) feature_offset_.push_back(static_cast<int32_t>(i * k_.row_stride));
     for (int64_t i = 0; i < keys_; ++i) key_offset_.push_back(static_cast<int32_t>(i));
   }
@@ -74,11 +74,11 @@ class AttentionOp final : public Op {
       for (int64_t p = 0; p < tile.count; ++p) line[p] = q[p] * scale_;
       std::fill(line + tile.count, line + width, 0.0f);
     }
-    kernels_.gather_gemm({keys_, features_, width, run.row(k_, sample, key_head * features_), 1, nullptr, 0, feature_offset_.data(), queries,
-                          width, scores, width, false});
+    kernels_.gather_gemm({keys_, features_, width, 0, run.row(k_, sample, key_head * features_), 1, false, nullptr, 0,
+                          feature_offset_.data(), queries, width, scores, width, false});
     add_mask(run, sample, group * heads_ + head, tile, width, scores);
     kernels_.softmax_columns({keys_, width, scores, width, nullptr, nullptr, 0.0f, scores, width});
-    kernels_.gather_gemm({out_features_, keys_, width, run.row(v_, sample, key_head * out_features_), v_.row_stride, nullptr, 0,
+    kernels_.gather_gemm({out_features_, keys_, width, 0, run.row(v_, sample, key_head * out_features_), v_.row_stride, false, nullptr, 0,
                           key_offset_.data(), scores, width, out, width, false});
   }
 

@@ -214,8 +214,8 @@ class BottleneckOp final : public Op, public Compensated {
       most_in = std::max(most_in, band.window.in_height * window.in_width);
       most_out = std::max(most_out, band.num_rows * window.out_width);
       most_rows = std::max(most_rows, band.num_rows);
-      in_tiles_.push_back(make_tiles(band.window.in_height * window.in_width, kernels_.lanes, kernels_.gemm_max_vectors));
-      out_tiles_.push_back(make_tiles(band.num_rows * window.out_width, kernels_.lanes, kernels_.gemm_max_vectors));
+      in_tiles_.push_back(make_tiles(band.window.in_height * window.in_width, kernels_.lanes, kernels_.gemm_max_vectors, 0));
+      out_tiles_.push_back(make_tiles(band.num_rows * window.out_width, kernels_.lanes, kernels_.gemm_max_vectors, 0));
     }
     const int64_t unit = std::max(16, kernels_.lanes);
     in_stride_ = (most_in + unit - 1) / unit * unit;
@@ -301,8 +301,8 @@ class BottleneckOp final : public Op, public Compensated {
     const int32_t* rows = project_.out_site < 0 ? nullptr : run.active(project_.out_site, sample).index;
     const int32_t* columns = (chunk.index != nullptr ? chunk.index : columns_.data()) + channels.begin;
     for (const PositionTile& tile : *chunk.out_tiles) {
-      kernels_.gather_gemm({num_outputs(run, sample), channels.end - channels.begin, tile.vectors * kernels_.lanes, project_.weight,
-                            channels_, rows, 0, columns, scratch + layout_.convolved + tile.first, out_stride_,
+      kernels_.gather_gemm({num_outputs(run, sample), channels.end - channels.begin, tile.vectors * kernels_.lanes, 0,
+                            project_.weight, channels_, false, rows, 0, columns, scratch + layout_.convolved + tile.first, out_stride_,
                             scratch + layout_.sums + tile.first, out_stride_, channels.begin > chunk.channels.begin});
     }
   }

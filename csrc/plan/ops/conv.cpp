@@ -6,6 +6,7 @@
 #include <cstring>
 #include <optional>
 
+#include "base/aligned_buffer.h"
 #include "plan/ops/conv_tiling.h"
 #include "plan/ops/factories.h"
 #include "plan/ops/sparse_weight.h"
@@ -15,8 +16,8 @@
 namespace dynprune {
 namespace {
 
-// Length of a block of the reduction: a panel of 384 x 64 floats fits a second-level cache several times.
-constexpr int64_t kBlock = 384;
+// Length of a block of the reduction: a panel of 512 x 64 floats fits a second-level cache several times.
+constexpr int64_t kBlock = 512;
 
 class ConvOp final : public Op, public Compensated {
  public:
@@ -31,26 +32,32 @@ class ConvOp final : public Op, public Compensated {
       reader.check_rows("the residual", reader.input(1), shape_.out_channels, shape_.positions());
     }
     weight_ = reader.constant("weight", {shape_.out_channels, shape_.group_inputs() * shape_.taps()});
-    bias_ = reader.constant("bias", {shape_.out_channels});
-    activation_ = reader.activation();
-    tiles_ = make_tiles(shape_.positions(), kernels.lanes, kernels.gemm_max_vectors);
-    patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_.readable_past_end);
-    grid_ = make_chunk_grid(shape_, tiles_, patches_.cycles_per_k, num_threads);
-    for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) offsets_.push_back(static_cast<int32_t>(i));
-    for (int64_t part = 0; part < grid_.position_parts; ++part) {
-      max_width_ = std::max(max_width_, chunk_width(part_of(tile_count(), part, grid_.position_parts)));
-    }
-    max_rows_ = (shape_.out_channels + grid_.row_parts - 1) / grid_.row_parts;
     if (reader.integer("sparse", 0) != 0) {
       reader.check(shape_.groups == 1, "'sparse' needs one group");
       sparse_.emplace(weight_, shape_.out_channels, shape_.in_channels, shape_.taps());
+    } else {
+      pack_weights();
     }
+    bias_ = reader.constant("bias", {shape_.out_channels});
+    activation_ = reader.activation();
+    tiles_ = make_tiles(shape_.positions(), kernels.lanes, kernels.gemm_vectors, sparse_ ? 0 : kernels.gemm_max_tail);
+    patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_);
+    grid_ = make_chunk_grid(shape_, tiles_, patches_.cycles_per_k, num_threads);
+    for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) {
+      offsets_.push_back(static_cast<int32_t>(i));
+      packed_offsets_.push_back(static_cast<int32_t>(i * kPackedRows));
+    }
+    for (int64_t part = 0; part < grid_.position_parts; ++part) {
+      max_width_ = std::max(max_width_, chunk_width(part_of(tile_count(), part, grid_.position_parts)));
+    }
+    max_rows_ = (shape_.out_channels + grid_.row_parts - 1) / grid_.row_parts + 2 * kPackedRows;
   }
 
   int64_t chunks_per_sample() const override { return grid_.position_parts * grid_.row_parts; }
 
   int64_t scratch_floats() const override {
-    return panel_offset() + std::max(kBlock, sparse_ ? sparse_->max_block() : 0) * kernels_.gemm_max_vectors * kernels_.lanes;
+    const int64_t panel = sparse_ ? sparse_->max_block() * kernels_.gemm_max_vectors : kBlock * (kernels_.gemm_vectors + 1);
+    return panel_offset() + panel * kernels_.lanes;
   }
 
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
@@ -105,28 +112,54 @@ class ConvOp final : public Op, public Compensated {
     Range rows;            // among the active rows
     const int32_t* index;  // of all active rows; nullptr: row i is channel i
     int64_t width;
+    bool packed;  // which weights are read
 
     int64_t channel(int64_t row) const { return index != nullptr ? index[row] : row; }
   };
+
+  // Each group begins a packed tile of its own: row r of the weights is packed row r + group * group_padding().
+  int64_t group_tiles() const { return (shape_.group_outputs() + kPackedRows - 1) / kPackedRows; }
+  int64_t group_padding() const { return group_tiles() * kPackedRows - shape_.group_outputs(); }
+  int64_t tile_stride() const { return shape_.group_inputs() * shape_.taps() * kPackedRows; }
+
+  void pack_weights() {
+    const int64_t columns = shape_.group_inputs() * shape_.taps();
+    weights_ = AlignedBuffer<float>(shape_.groups * group_tiles() * tile_stride());
+    std::fill_n(weights_.data(), weights_.size(), 0.0f);
+    for (int64_t channel = 0; channel < shape_.out_channels; ++channel) {
+      const int64_t row = channel + channel / shape_.group_outputs() * group_padding();
+      float* packed = weights_.data() + row / kPackedRows * tile_stride() + row % kPackedRows;
+      for (int64_t k = 0; k < columns; ++k) packed[k * kPackedRows] = weight_[channel * columns + k];
+    }
+  }
 
   int64_t tile_count() const { return static_cast<int64_t>(tiles_.size()); }
 
   int64_t chunk_width(Range tiles) const {
     int64_t vectors = 0;
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) vectors += tiles_[t].vectors;
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) vectors += tiles_[t].packed_vectors();
     return vectors * kernels_.lanes;
   }
 
   Chunk chunk_of(const RunView& run, int64_t sample, int64_t part) const {
     Chunk chunk;
-    chunk.tiles = part_of(tile_count(), part % grid_.position_parts, grid_.position_parts);
+    chunk.tiles = part_of(tile_count(), grid_.position_part(part), grid_.position_parts);
     const PositionTile& last = tiles_[chunk.tiles.end - 1];
     chunk.positions = {tiles_[chunk.tiles.begin].first, last.first + last.count};
     const int64_t count = std::min(run.num_active(spec_.out_site, sample, shape_.out_channels), shape_.out_channels);
-    chunk.rows = part_of(count, part / grid_.position_parts, grid_.row_parts);
+    chunk.rows = rows_of_part(count, grid_.row_part(part));
     chunk.index = spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index;
     chunk.width = chunk_width(chunk.tiles);
+    // A line of packed weights holds 16 rows, active or not. With few of them active, rows by themselves are less to read.
+    chunk.packed = 5 * count >= 3 * shape_.out_channels;
     return chunk;
+  }
+
+  // Parts begin with a packed tile where they can.
+  Range rows_of_part(int64_t count, int64_t part) const {
+    if (count < grid_.row_parts * kPackedRows) return part_of(count, part, grid_.row_parts);
+    const Range tiles = part_of(count / kPackedRows, part, grid_.row_parts);
+    return {tiles.begin * kPackedRows, part + 1 == grid_.row_parts ? count : tiles.end * kPackedRows};
   }
 
   int64_t end_of_group(const Chunk& chunk, int64_t row, int64_t group) const {
@@ -156,19 +189,39 @@ class ConvOp final : public Op, public Compensated {
     const float* planes = run.row(x_, sample, inputs.begin);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range k = part_of(reduction, block, blocks);
-      const int32_t* weight_offset = offsets_.data() + k.begin;
+      const int32_t* weight_offset = (chunk.packed ? packed_offsets_ : offsets_).data() + k.begin;
       if (in_index != nullptr) {
-        fill_offsets(in_index + inputs.begin, group * shape_.group_inputs(), k, offsets);
+        fill_offsets(in_index + inputs.begin, group * shape_.group_inputs(), k, chunk.packed ? kPackedRows : 1, offsets);
         weight_offset = offsets;
       }
-      int64_t lane = 0;
+      GatherGemmArgs product{};
+      product.m = rows.end - rows.begin;
+      product.k = k.end - k.begin;
+      product.weight = chunk.packed ? weights_.data() : weight_;
+      product.weight_stride = chunk.packed ? tile_stride() : shape_.group_inputs() * taps;
+      product.packed = chunk.packed;
+      product.row_index = chunk.index != nullptr ? chunk.index + rows.begin : nullptr;
+      product.row_shift = (chunk.packed ? group * group_padding() : 0) + (chunk.index != nullptr ? 0 : rows.begin);
+      product.weight_offset = weight_offset;
+      product.out = sums + (rows.begin - chunk.rows.begin) * chunk.width;
+      product.out_stride = chunk.width;
+      product.accumulate = block > 0;
       for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
-        const int64_t width = tiles_[t].vectors * kernels_.lanes;
+        const PositionTile& tile = tiles_[t];
         const Panel patches = pack(planes, t, k, panel);
-        kernels_.gather_gemm({rows.end - rows.begin, k.end - k.begin, width, weight_, shape_.group_inputs() * taps,
-                              chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, weight_offset, patches.data,
-                              patches.stride, sums + (rows.begin - chunk.rows.begin) * chunk.width + lane, chunk.width, block > 0});
-        lane += width;
+        product.panel = patches.data;
+        product.panel_stride = patches.stride;
+        product.width = tile.vectors * kernels_.lanes;
+        product.tail = chunk.packed ? tile.tail : 0;
+        kernels_.gather_gemm(product);
+        product.out += product.width;
+        if (tile.tail == 0) continue;
+        if (!chunk.packed) {
+          product.panel += product.width;
+          product.width = kernels_.lanes;
+          kernels_.gather_gemm(product);
+        }
+        product.out += kernels_.lanes;
       }
     }
   }
@@ -204,13 +257,17 @@ class ConvOp final : public Op, public Compensated {
   // The patches of tile t for the reduction indices k, packed into `panel` unless the planes themselves will do.
   Panel pack(const float* planes, int64_t t, Range k, float* panel) const {
     const int64_t taps = shape_.taps();
-    const int64_t width = tiles_[t].vectors * kernels_.lanes;
+    const int64_t width = tiles_[t].packed_vectors() * kernels_.lanes;
     switch (patches_.packing) {
       case Packing::kDirect:
         return {planes + k.begin * x_.row_stride + tiles_[t].first, x_.row_stride};
       case Packing::kShifted:
         kernels_.pack_shifted({planes + tiles_[t].first, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.shifts.data(),
-                               patches_.masks.data() + patches_.first_mask[t], panel, tiles_[t].vectors});
+                               patches_.masks.data() + patches_.first_vector[t], panel, width / kernels_.lanes});
+        break;
+      case Packing::kGathered:
+        kernels_.pack_gathered({planes, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.vectors.data() + patches_.first_vector[t],
+                                patches_.parts, patches_.patterns.data(), panel, width / kernels_.lanes});
         break;
       case Packing::kSegments:
         kernels_.pack_patches({planes, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.segments.data(),
@@ -220,15 +277,15 @@ class ConvOp final : public Op, public Compensated {
     return {panel, width};
   }
 
-  // weight_offset[k] of reduction index k: channel within the group times taps, plus tap.
-  void fill_offsets(const int32_t* index, int64_t first_channel, Range k, int32_t* offsets) const {
+  // weight_offset[k] of reduction index k: channel within the group times taps, plus tap; `distance` from one to the next.
+  void fill_offsets(const int32_t* index, int64_t first_channel, Range k, int64_t distance, int32_t* offsets) const {
     const int64_t taps = shape_.taps();
     const int64_t limit = shape_.group_inputs() - 1;
     int64_t row = k.begin / taps;
     int64_t tap = k.begin % taps;
     int64_t base = std::clamp<int64_t>(index[row] - first_channel, 0, limit) * taps;
     for (int64_t i = k.begin; i < k.end; ++i) {
-      *offsets++ = static_cast<int32_t>(base + tap);
+      *offsets++ = static_cast<int32_t>((base + tap) * distance);
       if (++tap == taps && i + 1 < k.end) {
         tap = 0;
         base = std::clamp<int64_t>(index[++row] - first_channel, 0, limit) * taps;
@@ -257,7 +314,8 @@ class ConvOp final : public Op, public Compensated {
   const KernelTable& kernels_;
   ConvShape shape_;
   Rows x_;
-  const float* weight_;
+  const float* weight_;           // [out_channels][group_inputs * taps]
+  AlignedBuffer<float> weights_;  // [group][group_outputs / kPackedRows][group_inputs * taps][kPackedRows]
   const float* bias_;
   const float* compensation_ = nullptr;
   ActivationSpec activation_;
@@ -265,7 +323,8 @@ class ConvOp final : public Op, public Compensated {
   PatchMap patches_;
   ChunkGrid grid_;
   std::optional<SparseWeight> sparse_;
-  std::vector<int32_t> offsets_;  // 0, 1, 2, ...: the weight offsets of a whole input
+  std::vector<int32_t> offsets_;         // the weight offsets of a whole input
+  std::vector<int32_t> packed_offsets_;  // and in packed weights
   int64_t max_width_ = 0;
   int64_t max_rows_ = 0;
 };

@@ -60,7 +60,7 @@ class MatmulOp final : public Op {
     }
     reader.check((inner_ - 1) * left_.column_stride <= std::numeric_limits<int32_t>::max(), "the left operand is too large");
     for (int64_t k = 0; k < inner_; ++k) left_offset_.push_back(static_cast<int32_t>(k * left_.column_stride));
-    tiles_ = make_tiles(positions_, kernels.lanes, kernels.gemm_max_vectors);
+    tiles_ = make_tiles(positions_, kernels.lanes, kernels.gemm_max_vectors, 0);
     const double work = static_cast<double>(rows_) * static_cast<double>(inner_) * static_cast<double>(max_width());
     row_parts_ = std::clamp<int64_t>(static_cast<int64_t>(work / kMultiplyAddsPerChunk), 1, rows_);
     matrices_ = matrices;
@@ -77,7 +77,8 @@ class MatmulOp final : public Op {
     float* panel = out + rows * width;
     pack(run.row(spec_.inputs[1], sample, 0) + right_.first(batch_, chunk.matrix), *chunk.tile, width, panel);
     const float* left = run.row(spec_.inputs[0], sample, 0) + left_.first(batch_, chunk.matrix) + chunk.rows.begin * left_.row_stride;
-    kernels_.gather_gemm({rows, inner_, width, left, left_.row_stride, nullptr, 0, left_offset_.data(), panel, width, out, width, false});
+    kernels_.gather_gemm({rows, inner_, width, 0, left, left_.row_stride, false, nullptr, 0, left_offset_.data(), panel, width, out, width,
+                          false});
   }
 
   void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {

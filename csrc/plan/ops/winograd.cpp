@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kUnit = 8;  // output columns of a unit
 // Rows whose products lie in scratch before they are transformed back: 36 x 32 x 32 floats stay in a second-level cache.
-constexpr int64_t kBlockRows = 2 * kWinogradPackedRows;
+constexpr int64_t kBlockRows = 2 * kPackedRows;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t floats) { return divide_up(floats, 16) * 16; }
@@ -90,11 +90,15 @@ Group make_group(const ConvShape& shape, int64_t tile, int64_t units_per_row, Ra
   return group;
 }
 
-// What the steps of a convolution cost, in multiply-adds of one vector; measured with AVX-512 on a Zen 4 core (3.7 billion of them a
-// second). Every weight costs half of one for being read: from memory, for the weights of a model do not stay in a cache.
-double direct_cost(const ConvShape& shape, int lanes) {
+// What the steps of a convolution cost, in multiply-adds of one vector. Every weight costs another one for being read: from memory, for
+// the weights of a model do not stay in a cache. With one vector of tiles each broadcast serves one multiply-add only: 0.7 of the rate.
+double direct_cost(const ConvShape& shape, const KernelTable& kernels) {
   const auto weights = static_cast<double>(shape.out_channels * shape.in_channels * 9);
-  return weights * (static_cast<double>(divide_up(shape.positions(), lanes)) + 0.5);
+  const auto tiles = make_tiles(shape.positions(), kernels.lanes, kernels.gemm_vectors, kernels.gemm_max_tail);
+  const double tail = static_cast<double>(tiles.back().tail) / kernels.lanes;
+  double vectors = tail;
+  for (const PositionTile& tile : tiles) vectors += static_cast<double>(tile.vectors);
+  return weights * (vectors + 1);
 }
 
 double winograd_cost(const ConvShape& shape, int64_t tile, int lanes) {
@@ -103,7 +107,7 @@ double winograd_cost(const ConvShape& shape, int64_t tile, int lanes) {
   const Grouping grouping(shape, tile, lanes);
   const double vectors = static_cast<double>(grouping.quanta * grouping.quantum) / lanes;
   const auto weights = static_cast<double>(shape.out_channels * shape.in_channels * (tile + 2) * (tile + 2));
-  return weights * (vectors + 0.5) +
+  return weights * (std::max(vectors, 1.4) + 1) +
          vectors * (static_cast<double>(shape.in_channels) * input_transform + static_cast<double>(shape.out_channels) * output_transform);
 }
 
@@ -245,18 +249,18 @@ class WinogradOp final : public Op, public Compensated {
             spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index};
   }
 
-  int64_t tile_stride() const { return shape_.in_channels * kWinogradPackedRows; }
+  int64_t tile_stride() const { return shape_.in_channels * kPackedRows; }
 
   void make_weights(const float* weight) {
     const int64_t channels = shape_.in_channels;
-    weight_stride_ = odd_lines(divide_up(shape_.out_channels, kWinogradPackedRows) * tile_stride());
+    weight_stride_ = odd_lines(divide_up(shape_.out_channels, kPackedRows) * tile_stride());
     weights_ = AlignedBuffer<float>(products_ * weight_stride_);
     const WeightTransform transform(tile_);
-    for (int64_t c = 0; c < channels; ++c) all_columns_.push_back(static_cast<int32_t>(c * kWinogradPackedRows));
-    for (int64_t first = 0; first < shape_.out_channels; first += kWinogradPackedRows) {
+    for (int64_t c = 0; c < channels; ++c) all_columns_.push_back(static_cast<int32_t>(c * kPackedRows));
+    for (int64_t first = 0; first < shape_.out_channels; first += kPackedRows) {
       for (int64_t c = 0; c < channels; ++c) {
-        float* column = weights_.data() + first / kWinogradPackedRows * tile_stride() + all_columns_[c];
-        const int64_t last = std::min(first + kWinogradPackedRows, shape_.out_channels);
+        float* column = weights_.data() + first / kPackedRows * tile_stride() + all_columns_[c];
+        const int64_t last = std::min(first + kPackedRows, shape_.out_channels);
         for (int64_t k = first; k < last; ++k) transform.apply(weight + (k * channels + c) * 9, column + k - first, weight_stride_);
       }
     }
@@ -313,7 +317,7 @@ class WinogradOp final : public Op, public Compensated {
   const float* bias_;
   const float* compensation_ = nullptr;
   ActivationSpec activation_;
-  AlignedBuffer<float> weights_;  // [product][out_channels / kWinogradPackedRows][in_channels][kWinogradPackedRows]
+  AlignedBuffer<float> weights_;  // [product][out_channels / kPackedRows][in_channels][kPackedRows]
   int64_t weight_stride_ = 0;
   std::vector<Group> groups_;
   std::vector<int32_t> all_columns_;  // where each input channel's weights stand in a packed tile of rows
@@ -336,7 +340,7 @@ int64_t choose_winograd_tile(const StepSpec& spec, const ConvShape& shape, const
   }
   if (!is_candidate(shape)) return 0;
   const int64_t best = winograd_cost(shape, 4, kernels.lanes) < winograd_cost(shape, 2, kernels.lanes) ? 4 : 2;
-  return winograd_cost(shape, best, kernels.lanes) < 0.9 * direct_cost(shape, kernels.lanes) ? best : 0;
+  return winograd_cost(shape, best, kernels.lanes) < 0.9 * direct_cost(shape, kernels) ? best : 0;
 }
 
 std::unique_ptr<Op> make_winograd(StepSpec spec, const KernelTable& kernels, int num_threads, int64_t tile) {
