@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ENGINE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: demo test test-all build lint sanitize sanitize-threads bench clean
+.PHONY: demo test test-all build lint sanitize bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/dynprune demo --out demo-output
@@ -33,14 +33,6 @@ sanitize: $(VENV)/installed $(VENV)/build-tools
 	DYNPRUNE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=lib \
 	  ../../$(BIN)/python -m pytest --capture=sys -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels
-
-# Only the engine is instrumented. csrc/thread_sanitizer.txt names what races by design.
-sanitize-threads: $(VENV)/installed $(VENV)/build-tools
-	DYNPRUNE_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/threads --build-lib build/threads/lib
-	cd build/threads && LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" PYTHONPATH=lib OMP_NUM_THREADS=1 \
-	  TSAN_OPTIONS="suppressions=$(CURDIR)/csrc/thread_sanitizer.txt ignore_noninstrumented_modules=1 exitcode=66" \
-	  ../../$(BIN)/python -m pytest -p no:cacheprovider -c ../../pyproject.toml ../../tests/test_executor.py \
-	  -k "more_threads or put_aside or several_threads or weights_may_change or model_may_go"
 
 bench: $(VENV)/installed $(VENV)/torchvision $(VENV)/bench
 	$(BIN)/python bench/bench_models.py

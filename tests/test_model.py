@@ -667,6 +667,33 @@ def test_gates_that_change_are_seen() -> None:
         assert dm.stats().site_skip_rates["1.conv1"] == pytest.approx(1 - masks["1.conv1"].mean().item())
 
 
+@pytest.mark.parametrize("use", ("level", "deadline", "lists"))
+def test_gates_that_change_between_calls_at_level_0_are_seen_once_they_matter(use: str) -> None:
+    dm = wrap()
+    if use == "deadline":
+        give_costs(dm, 1.0)
+    dm(images())
+    gate = dm.gate("1.conv1")
+    gate.bias.fill_(-100)
+    gate.channel_means[0].fill_(3.0)
+    gate.compensated[0] = True
+    dm(images())  # no gate decides here, so nobody looked at them
+    dm.reset_stats()
+    if use == "lists":
+        half = {"1.conv1": [list(range(0, dm.sites[[s.name for s in dm.sites].index("1.conv1")].num_groups, 2))] * len(images())}
+        want = dm.run_with_active(images(), active=half, backend="hooked")
+        assert torch.allclose(dm.run_with_active(images(), active=half), want, atol=1e-5)
+        return
+    want, masks = dm.attachment.run((images(),), level=1.0)
+    if use == "level":
+        dm.level = 1.0
+        got = dm(images())
+    else:
+        got = dm(images(), deadline=time.monotonic() - 1)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert dm.stats().site_skip_rates["1.conv1"] == pytest.approx(1 - masks["1.conv1"].mean().item())
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
 def test_another_dtype_and_back(dtype: torch.dtype) -> None:
     dm = wrap()

@@ -1,4 +1,7 @@
-"""The compiled engine. Python code of this package uses it only through `runtime/engine.py` and `watch.py`; tests and benchmarks through `StepRunner`."""
+"""The compiled engine.
+
+Python code of this package uses it only through `runtime/engine.py` and `watch.py`; tests and benchmarks through `StepRunner`.
+"""
 
 from collections.abc import Sequence
 from typing import Any

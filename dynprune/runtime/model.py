@@ -583,7 +583,7 @@ class DynamicModel(nn.Module):
         args, kwargs = self.example
         return self._session_for(args, kwargs)[0]
 
-    def _follow_changes(self, *, gates: bool) -> None:
+    def _follow_changes(self, *, gates: bool = True) -> None:
         """Makes later calls capture a model again in which a module or weight was replaced, and fold weights again that were written.
 
         Args:
@@ -690,7 +690,8 @@ class DynamicModel(nn.Module):
             macs=execution.macs,
             all_macs=totals.macs * batch,
             sites=totals.sites,
-            rows=(execution.counts.sum(1), totals.rows * batch),
+            ran=execution.counts,
+            could=totals.rows,
             level=execution.level,
             missed=missed,
             guard_actions=execution.guard_actions,

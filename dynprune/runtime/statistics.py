@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +13,8 @@ from dynprune.timing import percentiles
 
 WINDOW = 10_000
 """Latency percentiles are over at most this many of the last calls."""
+_MAX_PENDING = 64
+"""Rows are added up for this many calls at once, so that a single call does not pay for it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class StatsRecorder:
             self._inferences = self._samples = self._misses = self._guard_actions = self._guarded_calls = 0
             self._level_raise = self._accuracy_cost = 0.0
             self._macs = self._all_macs = 0.0
-            self._rows: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
+            self._rows: dict[tuple[str, ...], np.ndarray] = {}
+            self._pending: list[tuple[tuple[str, ...], np.ndarray, np.ndarray]] = []
             self._latencies_ms: deque[float] = deque(maxlen=WINDOW)
             self._level: float | None = None
 
@@ -92,7 +94,8 @@ class StatsRecorder:
         macs: float,
         all_macs: float,
         sites: tuple[str, ...],
-        rows: Sequence[np.ndarray],
+        ran: np.ndarray,
+        could: np.ndarray,
         level: float,
         missed: bool,
         guard_actions: int,
@@ -103,8 +106,9 @@ class StatsRecorder:
             samples: in the call's batch.
             latency_ms: of the call.
             macs, all_macs: multiply-adds executed, and of the whole model, for the batch.
-            sites: names of the sites that `rows` counts.
-            rows: two arrays (sites,): how many rows of each ran in the batch, and how many there were.
+            sites: names of the sites that `ran` counts.
+            ran: (sites, samples), how many rows of each site ran for each sample.
+            could: (sites,), how many rows each site has for one sample.
             level: at the end of the call.
             missed: whether it took longer than its budget.
             guard_actions: how often the deadline raised the level.
@@ -118,9 +122,15 @@ class StatsRecorder:
             self._all_macs += all_macs
             self._latencies_ms.append(latency_ms)
             self._level = level
-            ran, could = rows
-            known = self._rows.get(sites)
-            self._rows[sites] = (ran, could) if known is None else (known[0] + ran, known[1] + could)
+            self._pending.append((sites, ran, could))
+            if len(self._pending) == _MAX_PENDING:
+                self._add_up()
+
+    def _add_up(self) -> None:
+        for sites, ran, could in self._pending:
+            table = np.stack((ran.sum(1), could * ran.shape[1]))
+            self._rows[sites] = self._rows.get(sites, 0) + table
+        self._pending.clear()
 
     def add_guarded(self, level_raise: float, accuracy_cost: float) -> None:
         """Counts one call whose level the deadline raised, and the accuracy expected to be lost by it at most."""
@@ -132,10 +142,11 @@ class StatsRecorder:
     def summary(self, *, level: float, budget_ms: float | None) -> Stats:
         """Returns the statistics so far; `level` stands in before the first call."""
         with self._lock:
+            self._add_up()
             latencies = list(self._latencies_ms)
             rows: dict[str, np.ndarray] = {}
             for names, table in self._rows.items():
-                for name, column in zip(names, np.stack(table, 1), strict=True):
+                for name, column in zip(names, table.T, strict=True):
                     rows[name] = rows.get(name, 0) + column
             return Stats(
                 inferences=self._inferences,

@@ -55,7 +55,7 @@ class Block:
         self.project = (normal(outputs, channels) / np.float32(channels**0.5), normal(outputs))
 
     def spec(self, *, fused: bool, sites=(), in_site=-1, site=-1, out_site=-1, branches=()) -> dict:
-        inputs, channels, outputs, height, width, kernel, stride, padding = self.shape
+        inputs, channels, _, height, width, kernel, stride, padding = self.shape
         plane, out_plane = height * width, self.out_size[0] * self.out_size[1]
         buffers = [("input", self.first * plane, 0), ("arena", channels * plane, 0), ("arena", channels * out_plane, channels * plane)]
         buffers += [("output", self.last * out_plane, 0)] + [("input", self.last * out_plane, 0)] * self.residual
