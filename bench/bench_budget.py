@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--percentile", type=float, default=95.0)
     parser.add_argument("--seconds", type=positive_float, default=8.0, help="each variant is served; default 8")
     parser.add_argument("--gap-ms", type=float, default=1.0, help="pause between calls; default 1")
-    parser.add_argument("--neighbours", type=positive_int, help="busy processes in step and burst; default one per core")
+    parser.add_argument("--neighbours", type=positive_int, help="busy processes in beside, step and burst; default one per core")
     parser.add_argument("--against", type=parse_names, default=(), help="rivals to serve too, such as onnxruntime,openvino; default none")
     parser.add_argument("--threads", type=positive_int, default=int(allowed_cores()))
     parser.add_argument("--folder", type=Path, default=Path("budget-results"), help="checkpoints, plots and traces; default budget-results")

@@ -31,7 +31,7 @@ _SEEN_RATE = 0.2
 """Share of the newest sample in the load that the estimate is taken to know already."""
 _NEW_LOAD = 0.1
 """Growth of the logarithm of the expected slow-down that is taken for the samples' own noise."""
-_FRESH = 64
+_FRESH = 128
 """Inferences for which an arm's own estimate is believed after it last ran."""
 _SLOWED = 0.15
 """Logarithm of the slow-down from which it tells how many other threads there are."""
@@ -51,7 +51,7 @@ class LatencyController:
     inferences have met raises the expectation before the first slow one. The level tightens at once and relaxes after calm.
 
     Where the frontier knows the times of fewer threads, each number of threads has its own estimate, and the one that needs the lowest
-    level runs. One that did not run for 64 inferences is expected to get a fair share of the cores beside the others' threads; few
+    level runs. One that did not run for 128 inferences is expected to get a fair share of the cores beside the others' threads; few
     threads that fit beside them have their cores to themselves, so that their latencies spread less.
 
     Any thread may call any method. Where threads overlap, pass to `observe` the level that `next_level` gave for that call.
@@ -290,14 +290,17 @@ class LatencyController:
         return best, chosen
 
     def _others(self) -> float:
-        """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are."""
+        """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are.
+
+        The latter leaves one core free at least: waiting for each other slows threads down too, and one inference tells how it is.
+        """
         sample = self._sample
         if sample is not None and sample.cpu_fraction is not None and sample.per_cpu_fraction:
             seen = (sample.cpu_fraction - (sample.own_cpu_fraction or 0.0)) * len(sample.per_cpu_fraction)
             if seen == seen:
                 return max(0.0, seen)
         slowdown = self._arm.slowdown.mean
-        return other_load(slowdown, self._arm.threads, self._cores) if slowdown > _SLOWED else 0.0
+        return min(other_load(slowdown, self._arm.threads, self._cores), self._cores - 1) if slowdown > _SLOWED else 0.0
 
     def _tightest_wanted(self, wanted: int) -> int:
         """Returns the highest level wanted in the calm window, `wanted` included (a queue of falling levels, its head the highest)."""
