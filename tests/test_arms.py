@@ -59,7 +59,10 @@ def test_one_thread_beside_one_neighbour_and_two_again_when_it_leaves(sampled):
     beside, misses = serve(controller, 400, 1, sampled, 14.0)
     assert beside.count(1) > 350
     assert misses <= 0.05
-    assert serve(controller, 600, 0, sampled, 14.0)[0][-100:].count(2) > 90
+    back = serve(controller, 600, 0, sampled, 14.0)[0]
+    assert back[-100:].count(2) > 90
+    if sampled:
+        assert back[5:].count(2) > 550, "a sample tells at once that the neighbour left"
 
 
 def test_two_threads_beside_two_neighbours():
