@@ -561,7 +561,7 @@ class DynamicModel(nn.Module):
 
     def _run_in_pytorch(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Returns the model's output of a call that has no plan."""
-        self._follow_changes()
+        self._follow_changes(gates=True)
         tensors = _tensors(pytree.tree_leaves((args, kwargs)))
         level = max(self.level, self._next_level(None, 1, math.inf))
         call = partial(self.attachment.run, args, kwargs, level=level)
