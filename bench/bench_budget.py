@@ -102,7 +102,7 @@ def calibrated(name: str, folder: Path) -> tuple[DynamicModel, list[tuple[torch.
     return dm, inputs, base_bytes
 
 
-def keep_evenly(dm: DynamicModel, inputs: list, levels: int = 17, least: float = 0.25) -> None:
+def keep_evenly(dm: DynamicModel, inputs: list, levels: int = 9, least: float = 0.25) -> None:
     """Makes every channel gate keep an even share, from all at level 0 to `least` at level 1, and measures the frontier.
 
     For a network with random weights, whose accuracy means nothing; the gates cost what calibrated ones do.
@@ -118,7 +118,7 @@ def keep_evenly(dm: DynamicModel, inputs: list, levels: int = 17, least: float =
     dm.refresh()
     engine = dm.engine_for(*inputs[0])
     runs = [lambda threads, level=i / (levels - 1): engine.run(inputs[0], level=level, num_threads=threads) for i in range(levels)]
-    latencies_ms, fewer_threads = level_latencies(runs, dm.num_threads, 0.3)
+    latencies_ms, fewer_threads = level_latencies(runs, dm.num_threads, 0.2)
     channels = {site.name for site in dm.sites if site.kind == "channels"}
     shares = [{name: keep[None] for name in channels} for keep in keeps]
     table = measure_costs(engine, inputs[0], {site.name: site for site in dm.sites})
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--percentile", type=float, default=95.0)
     parser.add_argument("--seconds", type=positive_float, default=8.0, help="each variant is served; default 8")
     parser.add_argument("--gap-ms", type=float, default=1.0, help="pause between calls; default 1")
-    parser.add_argument("--neighbours", type=positive_int, help="busy processes in step and burst; default one per core")
+    parser.add_argument("--neighbours", type=positive_int, help="busy processes in beside, step and burst; default one per core")
     parser.add_argument("--against", type=parse_names, default=(), help="rivals to serve too, such as onnxruntime,openvino; default none")
     parser.add_argument("--threads", type=positive_int, default=int(allowed_cores()))
     parser.add_argument("--folder", type=Path, default=Path("budget-results"), help="checkpoints, plots and traces; default budget-results")

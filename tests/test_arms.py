@@ -59,7 +59,10 @@ def test_one_thread_beside_one_neighbour_and_two_again_when_it_leaves(sampled):
     beside, misses = serve(controller, 400, 1, sampled, 14.0)
     assert beside.count(1) > 350
     assert misses <= 0.05
-    assert serve(controller, 400, 0, sampled, 14.0)[0][-100:].count(2) > 90
+    back = serve(controller, 600, 0, sampled, 14.0)[0]
+    assert back[-100:].count(2) > 90
+    if sampled:
+        assert back[5:].count(2) > 550, "a sample tells at once that the neighbour left"
 
 
 def test_two_threads_beside_two_neighbours():
@@ -79,6 +82,7 @@ def test_fewer_threads_than_measured():
     assert controller.threads == 1
     assert controller.next_level() > 0, "one thread takes 16 ms"
     controller.set_num_threads(2)
+    controller.set_budget(14.0)
     assert controller.next_level() == 0 and controller.threads == 2
     for wrong in (0, True, 1.5):
         with pytest.raises(InputError, match="num_threads"):

@@ -154,9 +154,7 @@ def test_times_of_fewer_threads_are_kept_in_the_order_of_the_points():
         frontier.with_threads(3)
 
 
-@pytest.mark.parametrize(
-    "fewer", [((1, (1.0,)),), ((0, (1.0, 1.0)),), ((True, (1.0, 1.0)),), ((1, (1.0, -1.0)),), ((1, (1.0, float("nan"))),)]
-)
+@pytest.mark.parametrize("fewer", [(1, (1.0,)), (0, (1.0, 1.0)), (True, (1.0, 1.0)), (1, (1.0, -1.0)), (1, (1.0, float("nan")))])
 def test_wrong_times_of_fewer_threads_are_refused(fewer):
     with pytest.raises(InputError, match="threads"):
-        Frontier((OperatingPoint(0, 1, 1, 0, 1), OperatingPoint(1, 1, 1, 0, 1)), "", 2, fewer)
+        Frontier((OperatingPoint(0, 1, 1, 0, 1), OperatingPoint(1, 1, 1, 0, 1)), "", 2, (fewer,))

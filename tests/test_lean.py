@@ -130,10 +130,10 @@ def test_a_lean_model_at_rest_lets_go_of_its_workspaces(dm, monkeypatch):
     monitor = Reported()
     dm.attach_monitor(monitor)
     want = dm(wide_input())
-    monitor.report(memory_pressure=0.9)
+    monitor.report(memory_pressure=0.82)
     monkeypatch.setattr(model_module, "_CALM_NS", 0)
     time.sleep(0.001)
-    monitor.report(memory_pressure=0.9)
+    monitor.report(memory_pressure=0.82)
     assert close(dm(wide_input()), want)
 
 
@@ -169,6 +169,7 @@ def test_threads_follow_the_quota_unless_they_were_given():
 
 def test_a_model_goes_on_after_its_monitor_is_stopped(dm):
     monitor = ResourceMonitor(interval_s=0.01)
+    dm.set_pressure_policy(PressurePolicy(cpu_start=1, memory_start=1, memory_lean=1))
     dm.attach_monitor(monitor)
     want = dm(wide_input())
     monitor.stop()

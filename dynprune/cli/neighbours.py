@@ -11,7 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 
-_BUSY = "while True: pass"
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+try:
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: not left running where this process is killed
+except (AttributeError, OSError, TypeError):
+    pass
+"""
+_BUSY = _DIE_WITH_PARENT + "while True: pass"
+_TOOL = _DIE_WITH_PARENT + "os.execv(sys.argv[1], sys.argv[1:])"
 _HOLD = "import sys; held = bytearray(int(sys.argv[1])); held[::4096] = b'x' * len(held[::4096]); print(flush=True); sys.stdin.read()"
 _START_S = 0.3
 
@@ -28,7 +36,7 @@ class BusyNeighbours:
     def __init__(self, most: int) -> None:
         tool = shutil.which("stress-ng")
         self.kind = "stress-ng" if tool else "python"
-        command = [tool, "--cpu", "1", "--quiet"] if tool else [sys.executable, "-c", _BUSY]
+        command = [sys.executable, "-c", *([_TOOL, tool, "--cpu", "1", "--quiet"] if tool else [_BUSY])]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
         self._processes = [subprocess.Popen(command, **quiet) for _ in range(most)]
         time.sleep(_START_S if most else 0.0)

@@ -12,7 +12,7 @@ from dynprune.cli.neighbours import BusyNeighbours
 from dynprune.cli.own_cgroup import OwnCgroup
 from dynprune.cli.trace import Trace
 
-NAMES = ("idle", "step", "ramp", "burst", "quota", "memory")
+NAMES = ("idle", "beside", "step", "ramp", "burst", "quota", "memory")
 _RISE, _FALL = 0.25, 0.65
 """Shares of the scenario's time at which a load comes and goes."""
 _BURST_S = (0.2, 0.8)
@@ -47,12 +47,14 @@ def make_scenario(name: str, seconds: float, cores: int, *, neighbours: int | No
         name: of `NAMES` but "memory".
         seconds: it lasts.
         cores: of the machine.
-        neighbours: busy processes in "step" and "burst"; default None for one per core.
+        neighbours: busy processes in "beside", "step" and "burst"; default None for one per core.
     """
     hogs = cores if neighbours is None else neighbours
     rise, fall = _RISE * seconds, _FALL * seconds
     if name == "idle":
         return Scenario(name, "nobody else runs")
+    if name == "beside":
+        return Scenario(name, f"{hogs} busy processes all the time", ((0.0, hogs),))
     if name == "step":
         return Scenario(name, f"{hogs} busy processes from {rise:.1f} s to {fall:.1f} s", ((rise, hogs), (fall, 0)))
     if name == "ramp":

@@ -29,10 +29,11 @@ class Arm:
         slowdown: learned from the inferences that ran so.
         margin: deviations above the mean that a latency may lie, set by the controller.
         high, expected: logarithm of the next latency over the idle one at the percentile wanted, and its exponential.
+        others: cores' worth of other programs when this arm ran last; None where no sample told.
         seen: the controller's count of inferences when this arm ran last; None before.
     """
 
-    __slots__ = ("_log_idle", "_negated_ms", "expected", "frontier", "high", "margin", "seen", "slowdown", "threads")
+    __slots__ = ("_log_idle", "_negated_ms", "expected", "frontier", "high", "margin", "others", "seen", "slowdown", "threads")
 
     def __init__(self, threads: int, frontier: Frontier) -> None:
         latencies_ms = [frontier.latency_ms_at(i / GRID) for i in range(GRID + 1)]
@@ -44,6 +45,7 @@ class Arm:
         self.margin = 0.0
         self.high = 0.0
         self.expected = 1.0
+        self.others: float | None = None
         self.seen: int | None = None
 
     def log_idle(self, level: float) -> float:

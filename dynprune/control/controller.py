@@ -31,8 +31,10 @@ _SEEN_RATE = 0.2
 """Share of the newest sample in the load that the estimate is taken to know already."""
 _NEW_LOAD = 0.1
 """Growth of the logarithm of the expected slow-down that is taken for the samples' own noise."""
-_FRESH = 64
+_FRESH = 128
 """Inferences for which an arm's own estimate is believed after it last ran."""
+_OTHER_LOAD = 0.5
+"""Change of the other programs' load, in cores, after which an arm's own estimate is not believed any more."""
 _SLOWED = 0.15
 """Logarithm of the slow-down from which it tells how many other threads there are."""
 _MOST_PRESSURE = 0.9
@@ -51,8 +53,8 @@ class LatencyController:
     inferences have met raises the expectation before the first slow one. The level tightens at once and relaxes after calm.
 
     Where the frontier knows the times of fewer threads, each number of threads has its own estimate, and the one that needs the lowest
-    level runs. One that did not run for 64 inferences is expected to get a fair share of the cores beside the others' threads; few
-    threads that fit beside them have their cores to themselves, so that their latencies spread less.
+    level runs. One that did not run for 128 inferences, or not under such a load, is expected to get a fair share of the cores beside
+    the others' threads; few threads that fit beside them have their cores to themselves, so that their latencies spread less.
 
     Any thread may call any method. Where threads overlap, pass to `observe` the level that `next_level` gave for that call.
 
@@ -94,6 +96,7 @@ class LatencyController:
         self._hardness = 0.0
         self._hardness_variance = 0.0
         self._sample: ResourceSample | None = None
+        self._sampled_others: float | None = None
         self._load = 0.0
         self._seen_load = 0.0
         self._wanted: deque[tuple[int, float, int]] = deque()
@@ -185,6 +188,7 @@ class LatencyController:
                 self._load = self._seen_load
             elif sample is not self._sample:
                 self._sample, self._load = sample, _expected_log_slowdown(sample)
+                self._sampled_others = _other_cores(sample)
             factor = work
             extra_load = self._load - self._seen_load - _NEW_LOAD
             if extra_load > 0.0:
@@ -245,7 +249,7 @@ class LatencyController:
             hardness = min(max(hardness, -_MOST_LOG), _MOST_LOG)
             if not self._is_fresh(arm):
                 arm.slowdown = SlowdownEstimator()
-            arm.seen = self._count
+            arm.seen, arm.others = self._count, self._sampled_others
             margin = arm.margin + self._margin_rate * ((slowdown + hardness > arm.high) - self._target_misses)
             arm.margin = min(max(margin, self._least_margin), self._least_margin + _MOST_EXTRA_MARGIN)
             arm.slowdown.update(slowdown)
@@ -269,7 +273,13 @@ class LatencyController:
             arm.expect(self._hardness, self._hardness_variance)
 
     def _is_fresh(self, arm: Arm) -> bool:
-        return len(self._arms) == 1 or (arm.seen is not None and self._count - arm.seen <= _FRESH)
+        if len(self._arms) == 1:
+            return True
+        if arm.seen is None or self._count - arm.seen > _FRESH:
+            return False
+        if arm is self._arm or arm.others is None or self._sampled_others is None:
+            return True
+        return abs(arm.others - self._sampled_others) <= _OTHER_LOAD
 
     def _choose(self, ms: float) -> tuple[int, Arm]:
         """Returns the lowest step of the grid at which some number of threads is expected to take at most `ms`, and its arm."""
@@ -290,14 +300,14 @@ class LatencyController:
         return best, chosen
 
     def _others(self) -> float:
-        """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are."""
-        sample = self._sample
-        if sample is not None and sample.cpu_fraction is not None and sample.per_cpu_fraction:
-            seen = (sample.cpu_fraction - (sample.own_cpu_fraction or 0.0)) * len(sample.per_cpu_fraction)
-            if seen == seen:
-                return max(0.0, seen)
+        """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are.
+
+        The latter leaves one core free at least: waiting for each other slows threads down too, and one inference tells how it is.
+        """
+        if self._sampled_others is not None:
+            return self._sampled_others
         slowdown = self._arm.slowdown.mean
-        return other_load(slowdown, self._arm.threads, self._cores) if slowdown > _SLOWED else 0.0
+        return min(other_load(slowdown, self._arm.threads, self._cores), self._cores - 1) if slowdown > _SLOWED else 0.0
 
     def _tightest_wanted(self, wanted: int) -> int:
         """Returns the highest level wanted in the calm window, `wanted` included (a queue of falling levels, its head the highest)."""
@@ -308,6 +318,15 @@ class LatencyController:
         while self._count - queue[0][0] >= _CALM_INFERENCES or now_s - queue[0][1] > _CALM_SECONDS:
             queue.popleft()
         return queue[0][2]
+
+
+def _other_cores(sample: ResourceSample) -> float | None:
+    """Returns how many cores' worth of time other programs took; None where the sample does not tell."""
+    if sample.cpu_fraction is None or not sample.per_cpu_fraction:
+        return None
+    return (fraction(sample.cpu_fraction) - min(fraction(sample.own_cpu_fraction), fraction(sample.cpu_fraction))) * len(
+        sample.per_cpu_fraction
+    )
 
 
 def _expected_log_slowdown(sample: ResourceSample) -> float:
