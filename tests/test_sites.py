@@ -82,9 +82,11 @@ EXPECTED = {
     "mlp": [("1", 64, "1", "3"), ("3", 32, "3", "5")],
     "attention": [
         ("0", "0.proj"),
+        ("0.qkv", 16, "0.qkv", "0.proj"),
         ("0.fc2", "0.fc2"),
         ("0.fc1", 64, "0.fc1", "0.fc2"),
         ("1", "1.proj"),
+        ("1.qkv", 16, "1.qkv", "1.proj"),
         ("1.fc2", "1.fc2"),
         ("1.fc1", 64, "1.fc1", "1.fc2"),
     ],
@@ -124,7 +126,7 @@ class Tampering:
         for path in site.producers:
             module = model.get_submodule(path)
             dim = -1 if isinstance(module, nn.Linear) else 1
-            extra = noise * (1 - keep)
+            extra = (noise * (1 - keep)).repeat(len(site.first_rows[site.producers.index(path)]))
             self.handles.append(module.register_forward_hook(lambda _, args, y, e=extra, d=dim: y + along(e, d, y.ndim)))
 
     def __enter__(self):
@@ -146,7 +148,7 @@ def test_channels_that_consumers_do_not_read_change_nothing(name):
     args = models.example(name, 2)
     for site in sites_of(name).sites:
         if site.kind == "channels":
-            keep = (torch.arange(site.num_channels) % 3 > 0).float()
+            keep = (torch.arange(site.num_channels) // site.group_size % 3 > 0).float()
             with torch.no_grad():
                 with Tampering(model, site, keep, noise=0.0):
                     want = model(*args)
@@ -213,7 +215,8 @@ def test_batch_of_the_example_does_not_change_macs():
         ("basic", "3.fc", "output of the model"),
         ("fire", "1.expand1x1", "concatenated"),
         ("convnext", "0", "normalises over its channels"),
-        ("attention", "0.qkv", "splits, merges or moves"),
+        ("grouped_queries", "key", "several heads of queries share its heads"),
+        ("channel_shuffle", "0", "splits, merges or moves"),
         ("functional", "conv2d", "functional conv2d"),
         ("shared", "again", "more than once"),
         ("shared", "first", "more than once"),

@@ -107,9 +107,7 @@ def difference_at_level_0(dm: DynamicModel, model: nn.Module, inputs: tuple) -> 
 def difference_when_gated(dm: DynamicModel, inputs: tuple, rng: np.random.Generator) -> float:
     """Returns the difference between engine and hooked model at lists that every kind of `LIST_KINDS` is drawn for."""
     batch = inputs[0].shape[0]
-    lists = {
-        site.name: [active_list(kind, site.num_groups, rng).tolist() for kind in rng.choice(LIST_KINDS, batch)] for site in dm.sites
-    }
+    lists = {site.name: [active_list(kind, site.num_groups, rng).tolist() for kind in rng.choice(LIST_KINDS, batch)] for site in dm.sites}
     return relative_difference(dm.run_with_active(*inputs, active=lists), dm.run_with_active(*inputs, active=lists, backend="hooked"))
 
 

@@ -215,7 +215,7 @@ class Draft:
 
     def dense(self, node: Node) -> EngineValue:
         """Returns the node's value without gaps inside its rows, whatever the order of its dimensions; copies it if need be."""
-        value = self.engine(node)
+        value = self.apart(node)
         return value if views.memory_rows(value.view) else self.relaid(node, views.memory_order(value.view))
 
     def relaid(self, node: Node, order: Sequence[int]) -> EngineValue:

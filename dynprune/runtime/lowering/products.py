@@ -63,7 +63,10 @@ def product(draft: Draft, node: Node, left: EngineValue, right: EngineValue) -> 
         reads = [(extent(b), right), (extent(a), left)]
     else:
         ints |= {"rows": [rows], "positions": [columns]}
-        ints |= {"left_strides": [*left_strides, a.strides[-2], a.strides[-1]], "right_strides": [*right_strides, b.strides[-2], b.strides[-1]]}
+        ints |= {
+            "left_strides": [*left_strides, a.strides[-2], a.strides[-1]],
+            "right_strides": [*right_strides, b.strides[-2], b.strides[-1]],
+        }
         ints |= {"out_strides": [*out_strides, view.strides[-2], 1]}
         reads = [(extent(a), left), (extent(b), right)]
     step = draft.emit("matmul", node, reads, extent(view), ints=ints)

@@ -184,7 +184,9 @@ def getitem(draft: Draft, node: Node) -> EngineValue | MergedValue | ConstantVal
 
 
 @lowers("expand", "expand_as", "broadcast_to")
-def expand(draft: Draft, node: Node) -> EngineValue | ConstantValue:
+def expand(draft: Draft, node: Node) -> EngineValue | MergedValue | ConstantValue:
+    if isinstance(known := draft.values.get(node.args[0]), MergedValue):
+        return _expanded_apart(draft, node, known)
     sizes, constant = draft.sizes(node), draft.constant(node.args[0])
     if constant is not None:
         full = constant.reshape((1,) * (len(node.shape) - constant.ndim) + tuple(constant.shape))
@@ -195,6 +197,16 @@ def expand(draft: Draft, node: Node) -> EngineValue | ConstantValue:
     if x.view.batch_dim != 0 or len(x.view.sizes) != len(sizes):
         raise NotOnEngine("the batch moves")
     return draft.viewed(node, x, views.expanded(x.view, sizes), whole=False)
+
+
+def _expanded_apart(draft: Draft, node: Node, value: MergedValue) -> MergedValue:
+    x, first = value.base, value.first
+    if len(node.shape) != len(x.view.sizes) or node.shape[first] is not None:
+        raise NotOnEngine("the batch moves")
+    full = [*node.shape[:first], None, None, *node.shape[first + 1 :]]
+    del full[x.view.batch_dim]
+    sizes = [old if new is None else new for old, new in zip(x.view.sizes, full, strict=True)]
+    return MergedValue(draft.viewed(node, x, views.expanded(x.view, sizes), whole=False), first)
 
 
 @lowers("pad", "constant_pad_nd")
