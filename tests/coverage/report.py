@@ -1,12 +1,15 @@
-"""Counts the coverage list and writes docs/models.md: `python tests/coverage/report.py [PATTERN ...]`; with patterns it only prints.
+"""Counts the coverage list and writes docs/models.md: `python tests/coverage/report.py [--jobs N] [PATTERN ...]`.
 
-A pattern is one of the name of an architecture, or the library it comes from.
+A pattern is one of the name of an architecture, or the library it comes from; with patterns the results are only printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
+from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -70,16 +73,27 @@ def page_of(results: list[Coverage]) -> str:
     return "\n".join(text) + "\n"
 
 
+def survey_by_name(name: str) -> Coverage:
+    architecture = next(one for one in ARCHITECTURES if one.name == name)
+    try:
+        return survey(architecture)
+    except Exception as error:
+        reason = f"in a call: {type(error).__name__}: {error}"
+        return Coverage(architecture.name, architecture.source, architecture.held_out, error=reason)
+
+
 def main() -> None:
-    patterns = sys.argv[1:]
+    parser = argparse.ArgumentParser(description="Counts the coverage list and writes docs/models.md.")
+    parser.add_argument("patterns", nargs="*", help="names of architectures, or the library they come from; the page is then not written")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; default 1")
+    options = parser.parse_args()
+    patterns = options.patterns
     chosen = [a for a in ARCHITECTURES if not patterns or any(fnmatch(a.name, p) or a.source == p for p in patterns)]
-    results = []
-    for architecture in chosen:
-        try:
-            results.append(survey(architecture))
-        except Exception as error:
-            results.append(Coverage(architecture.name, architecture.source, error=f"in a call: {type(error).__name__}: {error}"))
-        print("" if results[-1].is_equal else "UNEQUAL ", line_of(results[-1]), sep="", flush=True)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
+        results = []
+        for result in pool.map(survey_by_name, [architecture.name for architecture in chosen]):
+            results.append(result)
+            print("" if result.is_equal else "UNEQUAL ", line_of(result), sep="", flush=True)
     if not patterns:
         PAGE.write_text(page_of(results))
 
