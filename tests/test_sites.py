@@ -170,7 +170,8 @@ def test_a_skipped_branch_leaves_the_other_operand(name):
         if site.kind == "branch":
             add = nodes[site.add_node]
             other = next(value for value in add.inputs if value.name not in site.nodes)
-            handle = model.get_submodule(site.mask_output).register_forward_hook(lambda _, args, y: (y[0] * 0, *y[1:]) if isinstance(y, tuple) else y * 0)
+            module = model.get_submodule(site.mask_output)
+            handle = module.register_forward_hook(lambda _, args, y: (y[0] * 0, *y[1:]) if isinstance(y, tuple) else y * 0)
             with torch.no_grad():
                 assert_close(run_graph(graph, args, {add.name: other.name}), model(*args), factor=10, context=site.name)
             handle.remove()

@@ -25,7 +25,11 @@ UNARY = frozenset({
     "leaky_relu", "elu", "softplus", "mish", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal", "erf",
 })  # fmt: skip
 """Activations: one value in, one out, the same for every channel."""
-POOLING = frozenset({"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"})
+POOLING = frozenset({
+    "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "upsample_nearest2d",
+    "upsample_bilinear2d", "upsample_bicubic2d",
+})  # fmt: skip
+"""Operations that take each element of a plane from others of it."""
 BINARY = frozenset({"add", "sub", "rsub", "mul", "div", "maximum", "minimum"})
 MOVES = frozenset({"permute", "transpose", "flatten", "unflatten", "reshape", "squeeze", "unsqueeze"})
 """Operations that only rename dimensions; they keep a space where they keep its channels whole."""

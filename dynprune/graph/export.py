@@ -101,8 +101,8 @@ def export_static(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Expo
         path = _failing_module(model, error)
         raise UnsupportedModelError(
             f"torch.export cannot capture {type(model).__name__}: {_reason(error)}{f', in module {path!r}' if path else ''}"
-            f"{_failing_line(error)}; change the model there so that its path does not depend on values (torch.where, torch.cond), or wrap a "
-            f"part of it that can be exported."
+            f"{_failing_line(error)}; change the model there so that its path does not depend on values (torch.where, torch.cond), or "
+            f"wrap a part of it that can be exported."
         ) from error
 
 

@@ -170,9 +170,7 @@ def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], grou
                 num_channels=space.size,
                 group_size=group_size if space.head_size == 1 else space.head_size,
                 producers=tuple(node.module_path for node in space.producers),
-                consumers=tuple(
-                    Consumer(node.module_path, node.name, repeat, _is_transposed(node)) for node, repeat in space.consumers
-                ),
+                consumers=tuple(Consumer(node.module_path, node.name, repeat, _is_transposed(node)) for node, repeat in space.consumers),
                 macs=gone,
                 macs_share=_share(gone, macs),
                 gate_input=gate_input.name,

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "models.md"
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from survey import Coverage, survey  # noqa: E402
+from survey import TOLERANCE, Coverage, survey  # noqa: E402
 from zoo import ARCHITECTURES  # noqa: E402
 
 
@@ -38,9 +38,8 @@ def table_of(results: list[Coverage]) -> list[str]:
     for c in results:
         ops = f"{c.torch_steps}: " + ", ".join(f"{name} {count}" for name, count in c.torch_ops.items()) if c.torch_steps else ""
         equal = f"no: {c.error}" if c.error else "yes" if c.is_equal else f"no: {max(c.level_0, c.gated):.1e}"
-        lines.append(
-            f"| {c.name}{' *' if c.held_out else ''} | {c.source} | {c.macs / 1e6:.1f} | {c.sites} | {c.gateable:.0%} | {c.steps} | {ops} | {equal} |"
-        )
+        name = f"{c.name} *" if c.held_out else c.name
+        lines.append(f"| {name} | {c.source} | {c.macs / 1e6:.1f} | {c.sites} | {c.gateable:.0%} | {c.steps} | {ops} | {equal} |")
     return lines
 
 
@@ -54,19 +53,18 @@ def page_of(results: list[Coverage]) -> str:
     text = [
         "# Models",
         "",
-        "Made by `python tests/coverage/report.py`; do not edit. Each architecture is built with random weights and small inputs (many also",
-        "with a small configuration), wrapped, and run at batch 1 and 3. `tests/coverage/zoo.py` is the list.",
+        "Made by `python tests/coverage/report.py`; do not edit. Each architecture is built with random weights and small inputs, many",
+        "with a small configuration too, wrapped, and run at batch 1 and 3. `tests/coverage/zoo.py` is the list.",
         "",
         f"- wraps: {share(sum(not c.error for c in results))}",
-        f"- equals the original at level 0, and engine equals hooked model at random active lists, both within {TOLERANCE:g} of the largest",
-        f"  output: {share(sum(c.is_equal for c in results))}",
+        "- equals the original at level 0, and engine equals hooked model at random active lists, both within",
+        f"  {TOLERANCE:g} of the largest output: {share(sum(c.is_equal for c in results))}",
         f"- runs wholly on the engine: {share(sum(c.is_whole for c in results))}",
         f"- over half of its multiply-adds can be gated: {share(sum(c.gateable > 0.5 for c in results))}",
         "",
-        "A multiply-add can be gated when it belongs to a layer of a gated channel space, of a gated attention head or of a gated branch, or",
-        "reads one. What PyTorch runs is listed by operation; it runs on the same memory. Where the batch size of a model is fixed, or its",
-        "weights are not float32, PyTorch runs all of it and nothing is gated. Architectures with * were added last, and nothing was changed for",
-        "them.",
+        "A multiply-add can be gated when it belongs to a layer of a gated channel space, attention head or branch, or reads one. What",
+        "PyTorch runs is listed by operation; it runs on the same memory. Where a model fixes its batch size, or its weights are not",
+        "float32, PyTorch runs all of it and nothing is gated. Architectures with * were added last, and nothing was changed for them.",
         "",
         *table_of(results),
     ]

@@ -112,7 +112,7 @@ def difference_when_gated(dm: DynamicModel, inputs: tuple, rng: np.random.Genera
 
 
 def relative_difference(got: Any, want: Any) -> float:
-    """Returns the largest difference of two nested results, each tensor relative to its largest magnitude; infinity where they do not match."""
+    """Returns the largest difference of two results, relative to each tensor's largest magnitude; infinity where they differ in kind."""
     (got, got_spec), (want, want_spec) = pytree.tree_flatten(got), pytree.tree_flatten(want)
     if got_spec != want_spec:
         return float("inf")

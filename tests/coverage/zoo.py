@@ -124,7 +124,8 @@ TRANSFORMERS = (
     transformers("qwen2", "Qwen2Model", "Qwen2Config", tokens(12), **_DECODER),
     transformers("phi", "PhiModel", "PhiConfig", tokens(12), **_DECODER),
     transformers(
-        "t5 encoder", "T5EncoderModel", "T5Config", tokens(12), vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=128, num_layers=2, num_heads=4
+        "t5 encoder", "T5EncoderModel", "T5Config", tokens(12), vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=128, num_layers=2,
+        num_heads=4,
     ),
     transformers("bart", "BartModel", "BartConfig", tokens(12), **_SEQ2SEQ),
     transformers("vit", "ViTModel", "ViTConfig", images(32), **_VISION),

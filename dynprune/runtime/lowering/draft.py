@@ -332,8 +332,8 @@ class Draft:
             }
         else:
             unfit = {step.out_site, *(value.site for _, value in reads)}
-        attention = op == "attention"
-        if step.in_site >= 0 and not attention and step.inputs[0].rows != self.sites[step.in_site].num_channels * step.ints.get("repeat", [1])[0]:
+        attention, repeat = op == "attention", step.ints.get("repeat", [1])[0]
+        if step.in_site >= 0 and not attention and step.inputs[0].rows != self.sites[step.in_site].num_channels * repeat:
             unfit.add(step.in_site)
         if step.out_site >= 0 and not attention and output.rows != self.sites[step.out_site].num_channels:
             unfit.add(step.out_site)

@@ -91,9 +91,7 @@ def linear(draft: Draft, node: Node) -> EngineValue:
     return _in_parts(draft, node, weight, bias, starts, site.num_channels)
 
 
-def _in_parts(
-    draft: Draft, node: Node, weight: torch.Tensor, bias: np.ndarray, starts: tuple[int, ...], channels: int
-) -> EngineValue:
+def _in_parts(draft: Draft, node: Node, weight: torch.Tensor, bias: np.ndarray, starts: tuple[int, ...], channels: int) -> EngineValue:
     """Emits one linear layer for each of several values of one gated space that a fused layer makes; each is compact in its own part."""
     source = draft.engine(node.args[0], _channels_outermost(node.args[0])).view
     last = len(source.sizes) - 1
