@@ -49,6 +49,7 @@ def channel_mask(site: Site, rows: list[list[int]], repeat: int, value: torch.Te
     for sample, groups in enumerate(rows):
         mask[sample, torch.tensor(groups, dtype=torch.long)] = 1.0
     mask = mask.repeat_interleave(site.group_size, 1).repeat_interleave(repeat, 1)
+    mask = mask.repeat_interleave(value.shape[0] // len(rows), 0)  # of a value that begins with the batch
     shape = [1] * value.ndim
     shape[0], shape[dim] = mask.shape
     return mask.reshape(shape)

@@ -224,6 +224,129 @@ class AttentionBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+class RotaryBlock(nn.Module):
+    """Llama's block: rotary embeddings, RMS norm, queries that share keys where `key_heads` is smaller, a gated MLP (fused or not)."""
+
+    def __init__(self, channels: int = 16, heads: int = 4, key_heads: int = 4, fused: bool = False):
+        super().__init__()
+        self.heads, self.key_heads, self.size, self.fused = heads, key_heads, channels // heads, fused
+        self.scale1, self.scale2 = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.rand(channels) + 0.5)
+        self.query, self.key = nn.Linear(channels, channels, bias=False), nn.Linear(channels, key_heads * self.size, bias=False)
+        self.value, self.proj = nn.Linear(channels, key_heads * self.size, bias=False), nn.Linear(channels, channels, bias=False)
+        self.up, self.down = nn.Linear(channels, 64 if fused else 32), nn.Linear(32, channels)
+        self.gate = nn.Identity() if fused else nn.Linear(channels, 32)
+
+    @staticmethod
+    def norm(x: Tensor, scale: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * scale
+
+    def rotate(self, x: Tensor) -> Tensor:
+        angle = torch.arange(x.shape[2])[:, None] / 10.0 ** torch.arange(self.size // 2).repeat(2)
+        first, second = x[..., : self.size // 2], x[..., self.size // 2 :]
+        return x * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        y = self.norm(x, self.scale1)
+        q = self.rotate(self.query(y).view(b, t, self.heads, -1).transpose(1, 2))
+        k, v = (layer(y).view(b, t, self.key_heads, -1).transpose(1, 2) for layer in (self.key, self.value))
+        k = self.rotate(k)
+        if self.heads != self.key_heads:
+            k, v = (z[:, :, None].expand(-1, -1, self.heads // self.key_heads, -1, -1).reshape(b, self.heads, t, -1) for z in (k, v))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, c))
+        y = self.norm(x, self.scale2)
+        up, gate = self.up(y).chunk(2, -1) if self.fused else (self.up(y), self.gate(y))
+        return x + self.down(F.silu(gate) * up)
+
+
+class WindowBlock(nn.Module):
+    """Swin's block: rolled windows that share a dimension with the batch, a bias for each head, products written out."""
+
+    def __init__(self, channels: int = 16, heads: int = 2, side: int = 2, whole: bool = False):
+        super().__init__()
+        self.heads, self.side, self.whole = heads, side, whole
+        self.norm, self.attention = nn.LayerNorm(channels), nn.Sequential(nn.Linear(channels, 3 * channels), nn.Linear(channels, channels))
+        self.bias = nn.Parameter(torch.randn(1, heads, side * side, side * side))
+
+    def attend(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        q, k, v = self.attention[0](x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.whole:
+            y = F.scaled_dot_product_attention(q, k, v, self.bias)
+        else:
+            y = ((q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1) + self.bias).softmax(-1) @ v
+        return self.attention[1](y.transpose(1, 2).reshape(n, t, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        y = torch.roll(self.norm(x), (-1, -1), (1, 2))
+        s = self.side
+        y = y.view(b, h // s, s, w // s, s, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, s * s, c)
+        y = self.attend(y).view(b, h // s, w // s, s, s, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return x + torch.roll(y, (1, 1), (1, 2))
+
+
+class TransposedLinear(nn.Module):
+    """GPT-2's linear layer: the weight is (in, out)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.nf, self.nx = outputs, inputs
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
+
+
+TransposedLinear.__name__ = "Conv1D"
+
+
+class GPTBlock(nn.Module):
+    """GPT-2's block, with a fused layer that is split, and the tanh form of GELU written out."""
+
+    def __init__(self, channels: int = 16, heads: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.attn, self.proj = TransposedLinear(channels, 3 * channels), TransposedLinear(channels, channels)
+        self.fc, self.out = TransposedLinear(channels, 64), TransposedLinear(64, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = (z.view(b, t, self.heads, -1).transpose(1, 2) for z in self.attn(x).split(c, 2))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, c))
+        y = self.fc(x)
+        y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * torch.pow(y, 3.0))))
+        return x + self.out(y)
+
+
+class FlatTokens(nn.Module):
+    """OPT's MLP: tokens share a dimension with the batch."""
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, 64), nn.Linear(64, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.reshape(-1, x.shape[-1])
+        return (y + self.fc2(F.relu(self.fc1(y)))).view(x.shape)
+
+
+class PairAttention(nn.Module):
+    """A module that returns a tuple, as nn.MultiheadAttention does, on the way of a branch."""
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(channels, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class Shuffle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
 _BUILDERS = {
     "basic": lambda: nn.Sequential(stem(16), BasicBlock(16, 16), BasicBlock(16, 24, 2), Head(24)),
     "bottleneck": lambda: nn.Sequential(stem(16), Bottleneck(16, 8, 32), Bottleneck(32, 8, 32), Head(32)),
@@ -247,10 +370,19 @@ _BUILDERS = {
     "in_place": InPlace,
     "in_place_view": lambda: InPlace(through_view=True),
     "attention": lambda: nn.Sequential(AttentionBlock(), AttentionBlock(), nn.Linear(16, 10)),
+    "rotary": lambda: nn.Sequential(RotaryBlock(), RotaryBlock(fused=True), nn.Linear(16, 10)),
+    "grouped_queries": lambda: nn.Sequential(RotaryBlock(key_heads=2), nn.Linear(16, 10)),
+    "gpt": lambda: nn.Sequential(GPTBlock(), GPTBlock(), nn.Linear(16, 10)),
+    "windows": lambda: nn.Sequential(WindowBlock(), WindowBlock(whole=True), nn.Linear(16, 10)),
+    "flat_tokens": lambda: nn.Sequential(FlatTokens(), nn.Linear(16, 10)),
+    "pair": lambda: nn.Sequential(PairAttention(), nn.Linear(16, 10)),
+    "channel_shuffle": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), Shuffle(), nn.Conv2d(16, 8, 1), Head(8)),
 }
+TOKENS = ("attention", "rotary", "grouped_queries", "gpt", "flat_tokens", "pair")
 NAMES = tuple(_BUILDERS)
 """Every architecture of this file."""
-GATED = ("basic", "bottleneck", "vgg", "mbconv", "mbconv_se", "dense", "fire", "grouped", "convnext", "same_padded", "mlp", "attention")
+GATED = ("basic", "bottleneck", "vgg", "mbconv", "mbconv_se", "dense", "fire", "grouped", "convnext", "same_padded", "mlp", "attention",
+         "rotary", "grouped_queries", "gpt", "windows", "flat_tokens", "pair")  # fmt: skip
 """Those that have sites."""
 
 
@@ -270,8 +402,10 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def example(name: str, batch: int = 1, seed: int = 1) -> tuple:
     """Returns the positional arguments of a call: images (batch, 3, 16, 16), tokens (batch, 7, 16), or what the model takes."""
     generator = torch.Generator().manual_seed(seed)
-    if name == "attention":
+    if name in TOKENS:
         return (torch.randn(batch, 7, 16, generator=generator),)
+    if name == "windows":
+        return (torch.randn(batch, 4, 4, 16, generator=generator),)
     image = torch.randn(batch, 3, 16, 16, generator=generator)
     return (image, torch.randn(batch, 8, generator=generator), True) if name == "two_inputs" else (image,)
 

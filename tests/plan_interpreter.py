@@ -140,6 +140,13 @@ class _Interpreter:
         if step.op in ("copy", "fill"):
             copy(step, None if not step.inputs else self.memory(step.inputs[0].buffer)[sample], self.memory(step.output.buffer)[sample])
             return
+        if step.op in BY_STRIDES:
+            output = self.memory(step.output.buffer)[sample]
+            BY_STRIDES[step.op](step, [self.memory(rows.buffer)[sample] for rows in step.inputs], output)
+            return
+        if step.op == "attention" and step.in_site >= 0:
+            self.run_heads(step, sample)
+            return
         residual = step.inputs[1] if step.op == "conv" and len(step.inputs) == 2 else None  # never gated
         operands = [self.read(rows, sample, -1 if rows is residual else step.in_site) for rows in step.inputs]
         if step.op == "gate":
@@ -147,6 +154,29 @@ class _Interpreter:
             self.pooled.setdefault(name, torch.full((self.batch, len(operands[0])), float("nan")))[sample] = operands[0][:, 0]
             return
         self.write(step, sample, activated(step, OPS[step.op](step, operands)))
+
+
+    def run_heads(self, step: Step, sample: int) -> None:
+        """Attention of which a site owns the heads: those that run stand first in every group, in queries, output and maybe keys."""
+        outer, heads = step.ints.get("outer", [1])[0], step.ints["heads"][0]
+        active = torch.tensor(self.rows_of_site[step.in_site][sample], dtype=torch.long)
+        size = self.plan.sites[step.in_site].group_size
+        running = active[::size] // size
+        compact = (True, *[bool(step.ints["gated_keys"][0])] * 2, *[False] * (len(step.inputs) - 3))
+        operands = []
+        for rows, first in zip(step.inputs, compact, strict=True):
+            x = strided(self.memory(rows.buffer)[sample], rows, rows.rows).clone()
+            if first:
+                x = x.reshape(outer, heads, size, -1)
+                full = torch.zeros_like(x)
+                full[:, running] = x[:, : len(running)]
+                x = full.reshape(rows.rows, -1)
+            operands.append(x)
+        result = attention(step, operands).reshape(outer, heads, size, -1)[:, running]
+        target = strided(self.memory(step.output.buffer)[sample], step.output, step.output.rows)
+        for group in range(outer):
+            for slot in range(len(running)):
+                target[(group * heads + slot) * size : (group * heads + slot + 1) * size] = result[group, slot]
 
 
 def strided(memory: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
@@ -224,19 +254,54 @@ def layer_norm(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
 
 
 def attention(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
-    heads = step.ints["heads"][0]
-    query, key, value = (x.reshape(heads, -1, x.shape[1]).transpose(1, 2) for x in operands)
-    mask = constant(step, "mask").t() if "mask" in step.constants else None
+    outer, heads = step.ints.get("outer", [1])[0], step.ints["heads"][0]
+    key_heads = step.ints.get("key_heads", [heads])[0]
+    counts = (outer * heads, outer * key_heads, outer * key_heads)
+    query, key, value = (x.reshape(n, -1, x.shape[1]).transpose(1, 2) for n, x in zip(counts, operands[:3], strict=True))
+    key, value = (x.repeat_interleave(heads // key_heads, 0) for x in (key, value))
+    mask = operands[3] if len(operands) > 3 else constant(step, "mask") if "mask" in step.constants else None
+    if mask is not None:
+        mask = mask.reshape(-1, key.shape[1], query.shape[1]).transpose(1, 2)
+        mask = mask.repeat(len(query) // len(mask), 1, 1)
     causal, scale = bool(step.ints["causal"][0]), step.floats["scale"][0]
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale).transpose(1, 2).contiguous()
 
 
+def matmul(step: Step, memories: list[torch.Tensor], out: torch.Tensor) -> None:
+    ints = step.ints
+    shapes = ((ints["rows"], ints["inner"]), (ints["inner"], ints["positions"]), (ints["rows"], ints["positions"]))
+    names, operands = ("left_strides", "right_strides", "out_strides"), (*step.inputs, step.output)
+    left, right, target = (
+        memory.as_strided([*ints["batch"], *rows, *columns], ints[name], memory.storage_offset() + operand.offset)
+        for memory, operand, name, (rows, columns) in zip((*memories, out), operands, names, shapes, strict=True)
+    )
+    target.copy_(left @ right * step.floats.get("scale", [1.0])[0])
+
+
+def embedding(step: Step, memories: list[torch.Tensor], out: torch.Tensor) -> None:
+    numbers = memories[0][: step.output.positions]
+    assert step.inputs[0].positions == 2 * len(numbers) and numbers.dtype == torch.int64
+    strided(out, step.output, step.output.rows).copy_(constant(step, "table")[numbers].t())
+
+
+def resample(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
+    x = operands[0].reshape(step.ints["in_size"])
+    for axis, name in ((1, "y"), (2, "x")):
+        weight = constant(step, f"{name}_weight")
+        index = torch.tensor(step.ints[f"{name}_index"]).reshape(weight.shape)
+        matrix = torch.zeros(len(weight), x.shape[axis]).scatter_add_(1, index, weight)
+        x = torch.tensordot(x, matrix, dims=([axis], [1])).movedim(-1, axis)
+    return x.contiguous()
+
+
+BY_STRIDES = {"matmul": matmul, "embedding": embedding}
 OPS = {
     "attention": attention,
     "conv": conv,
     "depthwise": conv,
     "linear": linear,
     "pool": pool,
+    "resample": resample,
     "adaptive_pool": adaptive_pool,
     "mean": lambda step, operands: operands[0].mean(1, keepdim=True),
     "unary": lambda step, operands: operands[0].clone(),

@@ -251,12 +251,43 @@ def test_example_that_the_model_does_not_take(example, message):
         capture(nn.Linear(3, 2), example)
 
 
+def test_idioms_become_the_operations_that_they_are():
+    model, graph = models.captured("gpt")
+    assert [node.op for node in graph.nodes].count("gelu") == 2
+    assert not {"addmm", "tanh", "pow"} & {node.op for node in graph.nodes}
+    linear = node_of(graph, "linear")
+    assert linear.module_path == "0.attn" and linear.arguments["weight"].args[0].tensor is model[0].attn.weight
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3))),
+        lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**2))),
+        lambda x: 0.5 * x * (2 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        lambda x: torch.addmm(torch.arange(3.0), x.reshape(-1, 3), torch.eye(3)).reshape(-1, 3),
+    ],
+    ids=["factor", "square", "two", "regrouped"],
+)
+def test_what_only_looks_like_an_idiom_stays(forward):
+    class Net(nn.Module):
+        def forward(self, x):
+            return forward(x)
+
+    x = torch.rand(2, 2, 3)
+    graph = capture(Net(), x)
+    assert not {"gelu", "linear"} & {node.op for node in graph.nodes}
+    assert_same_results(run_graph(graph, (x,)), forward(x))
+
+
 def test_model_that_export_refuses_names_the_module():
     class Picky(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else x * 2
 
-    with pytest.raises(UnsupportedModelError, match=r"data-dependent.*module 'inner\.1'"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"data-dependent.*module 'inner\.1', at test_capture\.py:\d+ \(`return x if.*torch\.cond"
+    ):
         capture(Wrapped(nn.Sequential(nn.ReLU(), Picky())), torch.rand(2, 3))
 
 

@@ -23,6 +23,7 @@ from dynprune.graph.sites import Site, find_sites
 from dynprune.runtime.costs import CostTable, plan_signature
 from dynprune.runtime.engine import MAX_GROUP, Engine, choose_isa
 from dynprune.runtime.lower import lower
+from dynprune.runtime.model import DynamicModel
 from dynprune.runtime.plan import Plan
 
 
@@ -275,3 +276,14 @@ def test_a_new_gate_costs_no_matrix_product_and_a_used_one_does() -> None:
         gate.set_curve(torch.tensor([-1.0, 0.0]))
     _, differ = Engine(plan, sites, gates).run([x], level=1.0)
     assert (differ.counts != differ.counts[:, :1]).any()
+
+
+def test_numbers_outside_an_embedding_are_refused():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3)).eval()
+    dm = DynamicModel(model, torch.tensor([[1, 2]]))
+    assert not any(step.torch_call for step in dm.plan.steps)
+    with torch.no_grad():
+        assert_close(dm(torch.tensor([[0, 9]])), model(torch.tensor([[0, 9]])))
+        for wrong in (10, -1):
+            with pytest.raises(InputError, match=rf"\[0, 10\), got {wrong}"):
+                dm(torch.tensor([[3, wrong]]))

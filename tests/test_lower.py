@@ -355,6 +355,38 @@ def test_parameters_without_a_kernel_go_to_pytorch(beta):
 
 
 ON_ENGINE = {
+    "integers": (Lambda(lambda m, x: m.parts[0](x).mean(1), nn.Embedding(10, 4)), torch.randint(0, 10, (1, 6))),
+    "matmul": (Lambda(lambda m, x: x @ x.transpose(1, 2) @ m.parts[0](x), nn.Linear(8, 6)), tokens()),
+    "matmul-heads": (
+        Lambda(lambda m, x: (y := m.parts[0](x).unflatten(2, (2, 4)).transpose(1, 2)) @ y.mT, nn.Linear(8, 8)),
+        tokens(),
+    ),
+    "matmul-broadcast": (
+        Lambda(lambda m, x: x[:, None] @ m.parts[0](x).unflatten(2, (2, 8)).permute(0, 2, 3, 1), nn.Linear(8, 16)),
+        tokens(),
+    ),
+    "bmm": (Lambda(lambda m, x: torch.bmm(x, m.parts[0](x).mT), nn.Linear(8, 8)), tokens()),
+    "upsample-bilinear": (Lambda(lambda m, x: F.interpolate(m.parts[0](x), scale_factor=2, mode="bilinear"), nn.Conv2d(4, 4, 1)), image()),
+    "upsample-corners": (Lambda(lambda m, x: F.interpolate(x, (9, 4), mode="bilinear", align_corners=True)), image()),
+    "upsample-bicubic": (Lambda(lambda m, x: F.interpolate(x, (4, 11), mode="bicubic")), image()),
+    "upsample-antialiased": (Lambda(lambda m, x: F.interpolate(x, (3, 2), mode="bilinear", antialias=True)), image()),
+    "upsample-nearest-part": (Lambda(lambda m, x: F.interpolate(x, (7, 5), mode="nearest")), image()),
+    "upsample-linear": (Lambda(lambda m, x: F.interpolate(x.mT, 13, mode="linear")), tokens()),
+    "roll": (Lambda(lambda m, x: m.parts[0](x).roll((1, -2), (2, 3)) * 2, nn.Conv2d(4, 4, 1)), image()),
+    "stack": (Lambda(lambda m, x: torch.stack([m.parts[0](x), x * 2, x], 2).sum(2), nn.Conv2d(4, 4, 1)), image()),
+    "transposed": (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 6, 2, 2), nn.BatchNorm2d(6), nn.ReLU()), image()),
+    "transposed-overlapping": (nn.ConvTranspose2d(4, 6, 4, 2, 1), image()),
+    "transposed-cut": (nn.ConvTranspose2d(4, 6, 3, 2, 2), image()),
+    "transposed-output-padding": (nn.ConvTranspose2d(4, 6, 3, (2, 1), 1, (1, 0)), image()),
+    "transposed-grouped": (nn.ConvTranspose2d(4, 8, 4, 2, 1, groups=2), image()),
+    "transposed-depthwise": (nn.ConvTranspose2d(4, 4, 4, 2, 1, groups=4), image()),
+    "transposed-one-position": (nn.ConvTranspose2d(4, 6, 4), image(4, 1)),
+    "transposed-1d": (Lambda(lambda m, x: m.parts[0](x.mT), nn.ConvTranspose1d(8, 6, 5, 3, 1)), tokens()),
+    "vector-norm": (Lambda(lambda m, x: F.normalize(m.parts[0](x), dim=-1), nn.Linear(8, 8)), tokens()),
+    "mean-over-rows": (Lambda(lambda m, x: (y := m.parts[0](x)) + y.mean(-1, keepdim=True).relu(), nn.Linear(8, 8)), tokens()),
+    "cube": (Lambda(lambda m, x: m.parts[0](x) ** 3, nn.Conv2d(4, 4, 1)), image()),
+    "addcmul": (Lambda(lambda m, x: torch.addcmul(m.a, m.b, x), a=torch.randn(8), b=torch.randn(8)), tokens()),
+    "attention-one-head": (Lambda(lambda m, x: F.scaled_dot_product_attention(x, x, x).relu()), tokens()),
     "conv-stride-dilation": (nn.Conv2d(4, 6, 3, 2, 2, 2), image()),
     "conv-rectangular": (nn.Conv2d(4, 6, (3, 1), (1, 2), (1, 0)), image()),
     "conv-same-even-kernel": (nn.Conv2d(4, 6, 4, padding="same"), image()),
@@ -475,7 +507,7 @@ def read_late(m, x):
 
 
 IN_PYTORCH = {
-    "integers": (Lambda(lambda m, x: m.parts[0](x).mean(1), nn.Embedding(10, 4)), torch.randint(0, 10, (1, 6))),
+    "numbers-computed": (Lambda(lambda m, x: m.parts[0](x % 3).mean(1), nn.Embedding(10, 4)), torch.randint(0, 10, (1, 6))),
     "double": (Lambda(lambda m, x: (x.double() * 2).float() + x), image()),
     "unknown-op": (Lambda(lambda m, x: m.parts[0](x).cumsum(1).relu(), nn.Conv2d(4, 4, 1)), image()),
     "mixes-the-batch": (Lambda(lambda m, x: x - x.mean(0, keepdim=True)), image()),
@@ -487,7 +519,6 @@ IN_PYTORCH = {
         image(),
     ),
     "pooling-with-indices": (Lambda(lambda m, x: F.max_pool2d(x, 2, return_indices=True)), image()),
-    "attention": (Lambda(lambda m, x: F.scaled_dot_product_attention(x, x, x).relu()), tokens()),
     "random-shape-mask": (Lambda(lambda m, x: torch.where(x > 0, x, x.new_zeros(6, 6) - 1)), image()),
     "returned-view": (Lambda(lambda m, x: [x, x.transpose(1, 2), x.relu().transpose(0, 1)]), image()),
     "nothing-to-do": (Lambda(lambda m, x: [x, x, m.c], c=torch.randn(3)), image()),
@@ -605,3 +636,35 @@ def test_what_marked_steps_read_stays_until_the_last_of_them():
     read, written = plan.steps[last - 2].inputs[0], plan.steps[last].output
     begins = [plan.buffers[rows.buffer].offset + rows.offset for rows in (read, written)]
     assert begins[0] + read.rows * read.positions <= begins[1] or begins[1] + written.rows * written.positions <= begins[0]
+
+
+def test_values_of_the_batch_size_alone_are_constants():
+    def masked(m, x):
+        positions = torch.arange(x.shape[1]).expand(x.shape[0], -1)
+        mask = positions[:, None, :, None] >= positions[:, None, None, :]
+        return (
+            F.scaled_dot_product_attention(*(m.parts[0](x).unflatten(2, (2, 4)).transpose(1, 2),) * 3, mask) + positions[:, None, :, None]
+        )
+
+    plan = check(Lambda(masked, nn.Linear(8, 8)), tokens(), factor=2)
+    assert ops(plan)["torch"] == 0
+
+
+def test_attention_mask_that_depends_on_the_input_is_an_operand():
+    class Masked(nn.Module):
+        def forward(self, x, mask):
+            return F.scaled_dot_product_attention(x, x, x, mask[:, None, None].bool())
+
+    x, mask = torch.randn(1, 2, 5, 4), torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0]])
+    plan = lowered(Masked(), x, mask)
+    inputs = [x.repeat(2, 1, 1, 1), torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 1, 0, 1]])]
+    assert_close(run_plan(plan, inputs).outputs[0], Masked()(*inputs), factor=2)
+    assert ops(plan)["attention"] == 1
+
+
+def test_multiply_adds_of_a_node_in_several_steps_are_counted_once():
+    model = nn.ConvTranspose2d(4, 6, 3, 2, 1)
+    graph = capture(model, image())
+    sites = find_sites(graph)
+    plan = lower(graph, sites)
+    assert plan.macs == sites.macs == 4 * 6 * 9 * 36 and ops(plan)["conv"] == 4

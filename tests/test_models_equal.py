@@ -173,7 +173,7 @@ def test_compensation_means_the_same_in_engine_and_hooked_model(name: str) -> No
             gate.channel_means.normal_()
             gate.compensated.copy_(torch.from_numpy(rng.random(len(site.consumers)) < 0.7))
             changed += int(gate.compensated.sum())
-    assert changed
+    assert changed or all(site.kind == "branch" for site in dm.sites)
     dm.refresh()
     try:
         for kind in ("empty", "mixed"):

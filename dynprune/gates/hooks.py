@@ -123,7 +123,7 @@ class _Role:
             for site, index, dim in self.consumes:
                 x = visitor.consumer_input(site, index, x, _dim_of(dim, value, x))
             for site, dim in self.gates_by_input:
-                visitor.gate_input(site, x, _dim_of(dim, value, x))
+                visitor.gate_input(site, *_in_channels(site, x, _dim_of(dim, value, x)))
             return None if x is seen else put_back(x.reshape(value.shape))
 
         def after(module, _, result):
@@ -219,6 +219,14 @@ def _apart(value: Tensor, batch: int) -> Tensor:
 def _dim_of(dim: int, value: Tensor, x: Tensor) -> int:
     """Returns where the dimension of `value` is in `x`, which `_apart` made of it."""
     return dim if dim < 0 else dim + x.dim() - value.dim()
+
+
+def _in_channels(site: Site, x: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Returns x and its channel dimension; where several features of a flattened x belong to each channel, with these apart."""
+    if x.shape[dim] == site.gate_channels:
+        return x, dim
+    dim %= x.dim()
+    return x.unflatten(dim, (site.gate_channels, -1)), dim
 
 
 def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict]]]:

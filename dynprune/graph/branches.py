@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dynprune.graph.batch import batch_places, leads_with_batch
 from dynprune.graph.capture import Graph, Node
 from dynprune.graph.channels import MIXING, MOVES
 
-_LINEAR = MOVES | {"mul", "div"}
+_LINEAR = MOVES | {"mul", "div", "roll", "slice"}
 """Operations with one varying operand whose result is zero where that operand is."""
 
 
@@ -31,7 +32,7 @@ class Branch:
 
 def find_branches(graph: Graph, macs: dict[str, int]) -> tuple[list[Branch], list[Node]]:
     """Returns the branches in execution order, and the additions of a conv's or linear's value where there is none."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    order, places = {node: i for i, node in enumerate(graph.nodes)}, batch_places(graph)
     outputs = {node for node in graph.outputs if isinstance(node, Node)}
     branches, refused = [], []
     for add in graph.nodes:
@@ -43,10 +44,10 @@ def find_branches(graph: Graph, macs: dict[str, int]) -> tuple[list[Branch], lis
         if not weights[side]:
             continue
         x = _shared_source(_sources(sides[side]), add.inputs[1 - side], order)
-        if x is not None:
+        if x is not None and leads_with_batch(x, places):
             inside = {node for node in sides[side] if order[node] > order[x]}
             nodes = tuple(sorted(inside, key=order.__getitem__))
-            branches.append(Branch(add, x, nodes, _mask_output(add.inputs[side], add, inside, graph)))
+            branches.append(Branch(add, x, nodes, _mask_output(add.inputs[side], add, inside, graph, places)))
         else:
             refused.append(add)
     return branches, refused
@@ -100,12 +101,12 @@ def _reads(node: Node, x: Node, order: dict[Node, int]) -> bool:
     return False
 
 
-def _mask_output(value: Node, add: Node, inside: set[Node], graph: Graph) -> str:
+def _mask_output(value: Node, add: Node, inside: set[Node], graph: Graph, places: dict[Node, int]) -> str:
     """Returns the path of the module to whose single output the branch's value is proportional, or ""."""
     while value in inside:
         path = value.module_path
         alone = graph.call_counts.get(path) == 1 and path in graph.tensor_modules
-        if alone and not any(is_within(other.module_path, path) for other in (add, *value.users)):
+        if alone and leads_with_batch(value, places) and not any(is_within(other.module_path, path) for other in (add, *value.users)):
             return path
         varying = [node for node in value.inputs if node.varies and node.shape is not None]
         if len(varying) != 1 or value.op not in _LINEAR or (value.op == "div" and value.args[0] is not varying[0]):

@@ -25,7 +25,11 @@ UNARY = frozenset({
     "leaky_relu", "elu", "softplus", "mish", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal", "erf",
 })  # fmt: skip
 """Activations: one value in, one out, the same for every channel."""
-POOLING = frozenset({"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"})
+POOLING = frozenset({
+    "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "upsample_nearest2d",
+    "upsample_bilinear2d", "upsample_bicubic2d",
+})  # fmt: skip
+"""Operations that take each element of a plane from others of it."""
 BINARY = frozenset({"add", "sub", "rsub", "mul", "div", "maximum", "minimum"})
 MOVES = frozenset({"permute", "transpose", "flatten", "unflatten", "reshape", "squeeze", "unsqueeze"})
 """Operations that only rename dimensions; they keep a space where they keep its channels whole."""
@@ -267,9 +271,9 @@ class ChannelTrace:
         a, b = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
         first, second = (self._layouts.get(v) if isinstance(v, Node) else None for v in (a, b))
         if first is not None and second is not None and _aligned(a, first, b, second, node):
-            self._join(first, second)
-            if node.op not in ("mul", "div"):
+            if self._find(first.space) != self._find(second.space) and node.op not in ("mul", "div"):
                 self._block(first, _STREAM)
+            self._join(first, second)
             return first if a.shape == node.shape else second
         for value, layout, other, other_layout in ((a, first, b, second), (b, second, a, first)):
             if layout is not None and value.shape == node.shape and _is_per_channel(other, layout, node):
@@ -284,7 +288,7 @@ class ChannelTrace:
     def _hand_on(self, node: Node, x: Node, layout: Layout) -> Layout | None:
         """Returns the layout after an operation that treats channels apart; None if this one does not."""
         if node.op in UNARY or node.op == "pow":
-            plain = all(value is x or not value.varies for value in node.inputs) and node.arguments.get("exponent", 2) == 2
+            plain = all(value is x or not value.varies for value in node.inputs) and node.args[0] is x
             return layout if plain else None
         if node.op in MOVES:
             return _moved(node, x, layout) or self._split_heads(node, x, layout)

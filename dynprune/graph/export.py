@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,8 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from dynprune.errors import InputError, UnsupportedModelError
-from dynprune.graph.functional import drop_no_ops, replace_in_place, restore_batch_norm, restore_linear
+from dynprune.graph.functional import drop_no_ops, replace_in_place, restore_batch_norm
+from dynprune.graph.idioms import restore_idioms
 
 
 @contextmanager
@@ -97,8 +100,9 @@ def export_static(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Expo
     except Exception as error:
         path = _failing_module(model, error)
         raise UnsupportedModelError(
-            f"torch.export cannot capture {type(model).__name__}: {_reason(error)}{f', in module {path!r}' if path else ''}; "
-            f"change the model there, or wrap a part of it that can be exported."
+            f"torch.export cannot capture {type(model).__name__}: {_reason(error)}{f', in module {path!r}' if path else ''}"
+            f"{_failing_line(error)}; change the model there so that its path does not depend on values (torch.where, torch.cond), or "
+            f"wrap a part of it that can be exported."
         ) from error
 
 
@@ -120,7 +124,7 @@ def purify(exported: ExportedProgram) -> tuple[ExportedProgram, fx.Graph]:
     kinds = [spec.kind for spec in exported.graph_signature.output_specs]
     output.args = (tuple(value for value, kind in zip(output.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT),)
     drop_no_ops(graph)
-    restore_linear(graph)
+    restore_idioms(graph)
     for node in graph.nodes:
         if node.name in written:
             raise UnsupportedModelError(
@@ -180,6 +184,16 @@ def _reason(error: Exception) -> str:
     """Returns the telling part of an exception: its first line, at most 300 characters, without a full stop."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (text if len(text) <= 300 else text[:297] + "...").rstrip(".;: ")
+
+
+def _failing_line(error: Exception) -> str:
+    """Returns where in code that is not torch's the error came from, as ", at file.py:12 (`if x.sum() > 0:`)", or ""."""
+    own = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f", at {os.path.basename(last.filename)}:{last.lineno}" + (f" (`{last.line[:80]}`)" if last.line else "")
 
 
 def _failing_module(model: nn.Module, error: Exception) -> str:

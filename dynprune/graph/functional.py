@@ -122,29 +122,6 @@ def restore_batch_norm(graph: fx.Graph) -> None:
                 user.args = (x, weight, bias, mean, variance, False, momentum, eps, False)
 
 
-def restore_linear(graph: fx.Graph) -> None:
-    """Spells `addmm(bias, x.view(-1, in), weight).view(..., out)`, GPT-2's linear layer, as `linear(x, weight.t(), bias)`."""
-    for node in list(graph.nodes):
-        if node.target is not aten.addmm.default or node.kwargs or len(node.users) != 1:
-            continue
-        bias, rows, weight = node.args
-        (back,) = node.users
-        if rows.target is not aten.reshape.default or back.target is not aten.reshape.default or weight.op != "placeholder":
-            continue
-        x = rows.args[0]
-        shapes = [_sizes(value.meta["val"]) for value in (x, back)]
-        if shapes[0][:-1] != shapes[1][:-1] or len(rows.meta["val"].shape) != 2 or shapes[0][-1] != _sizes(rows.meta["val"])[-1]:
-            continue
-        with graph.inserting_before(back):
-            turned = graph.call_function(aten.t.default, (weight,))
-            turned.meta = dict(node.meta, val=weight.meta["val"].t())
-            linear = graph.call_function(aten.linear.default, (x, turned, bias))
-            linear.meta = dict(node.meta, val=back.meta["val"])
-        back.replace_all_uses_with(linear)
-        for gone in (back, node, *([] if rows.users.keys() - {node} else [rows])):
-            graph.erase_node(gone)
-
-
 def drop_no_ops(graph: fx.Graph) -> None:
     """Removes nodes that hand on their first argument unchanged (dropout in eval, identity reshapes, copies), and dead nodes.
 

@@ -27,7 +27,8 @@ class Layout:
     """Where a value holds the channels of a space.
 
     Feature `c * repeat + i` (i < repeat) of dimension `dim` is channel c. With `inner` the channels stand in two dimensions: `dim` holds
-    heads and `inner` the features of each, in any order and mixture, or `LOST`. With `parts`, dimension `parts` holds several such values beside each other.
+    heads and `inner` the features of each, in any order and mixture, or `LOST`. With `parts`, dimension `parts` holds several such values
+    beside each other.
     """
 
     space: int

@@ -42,7 +42,8 @@ class Site:
         consumers: the convs and linears that read the space; for a branch empty.
         macs: multiply-adds of one sample that vanish when nothing of the site runs.
         macs_share: the same as a share of the model's, in [0, 1].
-        gate_input: name of the node whose channels' means the gate reads (the first producer's input, or the branch's x).
+        gate_input: name of the node whose channels' means the gate reads: the first producer's input, the planes before that was
+            flattened, or the branch's x.
         gate_channels: channels of that node.
         nodes: names of the nodes whose value lies in the channel space, first producer included; for a branch, every node inside it.
         mask_output: for a branch, path of the module whose output the hooked model multiplies by the mask; "" for channels.
@@ -160,8 +161,7 @@ def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], grou
             ungated += [Ungated(node.module_path or node.name, reason) for node in space.producers]
             continue
         first = space.producers[0]
-        gate_input = first.arguments["input"]
-        gate_dim = len(gate_input.shape) - 1 if first.op == "linear" else 1
+        gate_input, gate_dim = _gate_input(first)
         gone = sum(macs.get(node.name, 0) for node in {*space.members, *readers})
         sites.append(
             Site(
@@ -170,9 +170,7 @@ def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], grou
                 num_channels=space.size,
                 group_size=group_size if space.head_size == 1 else space.head_size,
                 producers=tuple(node.module_path for node in space.producers),
-                consumers=tuple(
-                    Consumer(node.module_path, node.name, repeat, _is_transposed(node)) for node, repeat in space.consumers
-                ),
+                consumers=tuple(Consumer(node.module_path, node.name, repeat, _is_transposed(node)) for node, repeat in space.consumers),
                 macs=gone,
                 macs_share=_share(gone, macs),
                 gate_input=gate_input.name,
@@ -185,6 +183,18 @@ def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], grou
             )
         )
     return sites, ungated
+
+
+def _gate_input(first: Node) -> tuple[Node, int]:
+    """Returns the value whose means the gate of a producer reads, and its channel dimension; behind a flatten, the planes before it."""
+    x = first.arguments["input"]
+    if first.op != "linear":
+        return x, 1
+    planes = x.args[0] if x.op in ("flatten", "reshape") else None
+    whole = planes is not None and planes.shape is not None and len(planes.shape) == 4 and len(x.shape) == 2
+    if whole and None not in planes.shape and math.prod(planes.shape[1:]) == x.shape[1]:
+        return planes, 1
+    return x, len(x.shape) - 1
 
 
 def _is_transposed(node: Node) -> bool:

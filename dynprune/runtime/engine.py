@@ -86,6 +86,11 @@ class Engine:
         self._segments = _segments(plan)
         self._torch_steps = any(step.torch_call is not None for step in plan.steps)
         self._buffer_of_input = [view.buffer for view in plan.inputs]
+        self._entries: dict[int, int] = {}  # of the smallest table that the numbers in an input's buffer select from
+        for step in plan.steps:
+            if step.op == "embedding":
+                buffer, entries = step.inputs[0].buffer, step.ints["entries"][0]
+                self._entries[buffer] = min(entries, self._entries.get(buffer, entries))
         self._site_number = {site.name: i for i, site in enumerate(plan.sites)}
         if costs is not None and costs.fits(plan):
             self._compiled.set_costs(list(costs.fixed_ms), list(costs.scaled_ms))
@@ -114,7 +119,7 @@ class Engine:
             num_threads: of this run; None for the engine's.
 
         Raises:
-            InputError: `active` does not fit the sites.
+            InputError: `active` does not fit the sites, or a number lies outside the table that it selects from.
             PlanError: the memory for this batch cannot be had.
         """
         batch = inputs[0].shape[self.plan.inputs[0].batch_dim] if inputs else 1
@@ -184,6 +189,8 @@ class Engine:
         tensors = {}
         for buffer, x in zip(self._buffer_of_input, inputs, strict=True):
             tensors[buffer] = x = x.contiguous()
+            if buffer in self._entries:
+                _check_numbers(x, self._entries[buffer])
             workspace.bind(buffer, x.data_ptr(), x.numel() * (x.element_size() // 4 or 1) // batch, x)
         for view in self.plan.outputs:
             if isinstance(view, View):
@@ -284,6 +291,12 @@ class Engine:
                 groups = self.plan.steps[step].ints.get("groups", [1])[0]
                 matrix = compensation_matrix(weight.view(weight.shape[0], -1), means, groups)
                 self._compiled.set_compensation(step, _array(matrix))
+
+
+def _check_numbers(x: Tensor, entries: int) -> None:
+    low, high = (int(bound) for bound in x.aminmax())
+    if low < 0 or high >= entries:
+        raise InputError(f"Numbers of an embedding must lie in [0, {entries}), got {low if low < 0 else high}.")
 
 
 def choose_isa() -> str:

@@ -1,8 +1,8 @@
 """Lowers a captured graph and its sites to a plan: walks the nodes once, lays values out, puts gates where they stand, places the memory.
 
 What the engine runs is in the tables of `lowering/attention.py`, `elementwise.py`, `mixing.py`, `normalize.py`, `pooling.py`,
-`products.py`, `resample.py`, `shapes.py` and `transposed.py`. Every other node - an operation not listed, another type than float32, sizes that depend on the batch, samples that are
-mixed - is run by PyTorch between the engine's steps, on the same memory.
+`products.py`, `resample.py`, `shapes.py` and `transposed.py`. Every other node - an operation not listed, another type than float32, sizes
+that depend on the batch, samples that are mixed - is run by PyTorch between the engine's steps, on the same memory.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ class SpeechTagger(nn.Module):
 
     def __init__(self, channels: int = 32):
         super().__init__()
-        self.conv = nn.Sequential(nn.Conv1d(20, channels, 5, 2, 2), nn.BatchNorm1d(channels), nn.ReLU(), nn.Conv1d(channels, channels, 3, 1, 1))
+        self.conv = nn.Sequential(
+            nn.Conv1d(20, channels, 5, 2, 2), nn.BatchNorm1d(channels), nn.ReLU(), nn.Conv1d(channels, channels, 3, 1, 1)
+        )
         self.lstm = nn.LSTM(channels, channels, batch_first=True, bidirectional=True)
         self.head = nn.Sequential(nn.Linear(2 * channels, 4 * channels), nn.ReLU(), nn.Linear(4 * channels, 11))
 

@@ -107,14 +107,12 @@ def difference_at_level_0(dm: DynamicModel, model: nn.Module, inputs: tuple) -> 
 def difference_when_gated(dm: DynamicModel, inputs: tuple, rng: np.random.Generator) -> float:
     """Returns the difference between engine and hooked model at lists that every kind of `LIST_KINDS` is drawn for."""
     batch = inputs[0].shape[0]
-    lists = {
-        site.name: [active_list(kind, site.num_groups, rng).tolist() for kind in rng.choice(LIST_KINDS, batch)] for site in dm.sites
-    }
+    lists = {site.name: [active_list(kind, site.num_groups, rng).tolist() for kind in rng.choice(LIST_KINDS, batch)] for site in dm.sites}
     return relative_difference(dm.run_with_active(*inputs, active=lists), dm.run_with_active(*inputs, active=lists, backend="hooked"))
 
 
 def relative_difference(got: Any, want: Any) -> float:
-    """Returns the largest difference of two nested results, each tensor relative to its largest magnitude; infinity where they do not match."""
+    """Returns the largest difference of two results, relative to each tensor's largest magnitude; infinity where they differ in kind."""
     (got, got_spec), (want, want_spec) = pytree.tree_flatten(got), pytree.tree_flatten(want)
     if got_spec != want_spec:
         return float("inf")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import plain
 from architectures import VOCABULARY, Architecture, images, masked_tokens, signal, timm, together, tokens, torchvision, transformers
+from torch import nn
+from torchvision_models import declare_operations
 
 _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _ENCODER = _TEXT | {"intermediate_size": 128, "max_position_embeddings": 40}
@@ -23,6 +25,14 @@ _SEQ2SEQ = {
     "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_position_embeddings": 40, "use_cache": False,
 }  # fmt: skip
+
+
+def maxvit() -> nn.Module:
+    declare_operations()
+    from torchvision.models.maxvit import MaxVit
+
+    return MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.0, num_classes=10)
+
 
 TORCHVISION = (
     torchvision("alexnet", 96),
@@ -46,7 +56,7 @@ TORCHVISION = (
     torchvision("swin_t"),
     torchvision("swin_v2_t"),
     torchvision("vit_b_32", 64, image_size=64),
-    torchvision("maxvit_t", 64, input_size=(64, 64), partition_size=2),
+    Architecture("maxvit", "torchvision", maxvit, images(64)),
     torchvision("lraspp_mobilenet_v3_large", weights_backbone=None),
     torchvision("deeplabv3_mobilenet_v3_large", weights_backbone=None),
     torchvision("r3d_18", inputs=signal(3, 4, 32, 32)),
@@ -114,7 +124,8 @@ TRANSFORMERS = (
     transformers("qwen2", "Qwen2Model", "Qwen2Config", tokens(12), **_DECODER),
     transformers("phi", "PhiModel", "PhiConfig", tokens(12), **_DECODER),
     transformers(
-        "t5 encoder", "T5EncoderModel", "T5Config", tokens(12), vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=128, num_layers=2, num_heads=4
+        "t5 encoder", "T5EncoderModel", "T5Config", tokens(12), vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=128, num_layers=2,
+        num_heads=4,
     ),
     transformers("bart", "BartModel", "BartConfig", tokens(12), **_SEQ2SEQ),
     transformers("vit", "ViTModel", "ViTConfig", images(32), **_VISION),
@@ -144,4 +155,12 @@ PLAIN = (
     Architecture("nn.TransformerEncoder, norm first", "torch.nn", lambda: plain.encoder(True), signal(9, 32)),
 )
 
-ARCHITECTURES = (*TORCHVISION, *TIMM, *TRANSFORMERS, *PLAIN)
+HELD_OUT = (
+    timm("xcit_nano_12_p16_224", 64, img_size=64, held_out=True),
+    timm("focalnet_tiny_srf", 64, held_out=True),
+    timm("visformer_tiny", 224, held_out=True),
+    transformers("gpt-neox", "GPTNeoXModel", "GPTNeoXConfig", tokens(12), held_out=True, **_ENCODER, use_cache=False),
+    transformers("convbert", "ConvBertModel", "ConvBertConfig", tokens(12), held_out=True, embedding_size=32, **_ENCODER),
+)
+
+ARCHITECTURES = (*TORCHVISION, *TIMM, *TRANSFORMERS, *PLAIN, *HELD_OUT)

@@ -2,7 +2,7 @@
 
 | ATen | becomes |
 | --- | --- |
-| scaled_dot_product_attention | attention: heads by tokens by features per sample, any mask, shared keys; further dimensions count as heads |
+| scaled_dot_product_attention | attention: heads by tokens by features, any mask, shared keys; dimensions before are groups of heads |
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Draft:
 
     def dense(self, node: Node) -> EngineValue:
         """Returns the node's value without gaps inside its rows, whatever the order of its dimensions; copies it if need be."""
-        value = self.engine(node)
+        value = self.apart(node)
         return value if views.memory_rows(value.view) else self.relaid(node, views.memory_order(value.view))
 
     def relaid(self, node: Node, order: Sequence[int]) -> EngineValue:
@@ -332,8 +332,8 @@ class Draft:
             }
         else:
             unfit = {step.out_site, *(value.site for _, value in reads)}
-        attention = op == "attention"
-        if step.in_site >= 0 and not attention and step.inputs[0].rows != self.sites[step.in_site].num_channels * step.ints.get("repeat", [1])[0]:
+        attention, repeat = op == "attention", step.ints.get("repeat", [1])[0]
+        if step.in_site >= 0 and not attention and step.inputs[0].rows != self.sites[step.in_site].num_channels * repeat:
             unfit.add(step.in_site)
         if step.out_site >= 0 and not attention and output.rows != self.sites[step.out_site].num_channels:
             unfit.add(step.out_site)

@@ -142,7 +142,7 @@ def addcmul(draft: Draft, node: Node) -> EngineValue:
 
 def scale_rows(draft: Draft, node: Node, source: Node, row_dim: int, scale: np.ndarray, shift: np.ndarray) -> EngineValue:
     """Returns source * scale + shift, one scale and shift per index of `row_dim`: folded into the step before, else an affine step."""
-    x = draft.engine(source)
+    x = draft.apart(source)
     step = x.step
     if step is not None and step.is_open and x.site == draft.site_of(node):
         same_rows = views.memory_order(x.view)[0] == row_dim and len(scale) == x.view.sizes[row_dim] == step.output.rows
@@ -345,4 +345,5 @@ def _takes_residual(draft: Draft, main: Node, other: Node) -> bool:
     value, residual = draft.engine(main), draft.engine(other)
     step = value.step
     is_open = step is not None and step.op == "conv" and step.is_open and step.out_site < 0
+    is_open = is_open and views.memory_rows(value.view).rows == step.output.rows
     return is_open and main is not other and residual.view.sizes == value.view.sizes

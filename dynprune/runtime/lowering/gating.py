@@ -57,8 +57,9 @@ class Gates:
         view = self._draft.apart(padded.source if isinstance(padded, PaddedValue) else source).view
         readers = [first] if site.kind == "channels" else [user for user in source.users if user.name in site.nodes]
         rank = len(view.sizes) + 1
-        last = any(reader.op in _CHANNELS_LAST for reader in readers)
-        if not last and not any(reader.op in _CHANNELS_FIRST for reader in readers):
+        direct = site.kind == "branch" or source in first.inputs
+        last = direct and any(reader.op in _CHANNELS_LAST for reader in readers)
+        if direct and not last and not any(reader.op in _CHANNELS_FIRST for reader in readers):
             last = rank == 3
         for dim in (rank - 1, 1) if last else (1, rank - 1):
             sample = dim_of_sample(dim, rank, view.batch_dim)

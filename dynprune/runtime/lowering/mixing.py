@@ -20,7 +20,7 @@ from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft, as_array
 from dynprune.runtime.lowering.elementwise import scale_rows
 from dynprune.runtime.lowering.registry import lowers, pair
-from dynprune.runtime.lowering.values import EngineValue, NotOnEngine, PaddedValue
+from dynprune.runtime.lowering.values import EngineValue, MergedValue, NotOnEngine, PaddedValue, merged
 from dynprune.runtime.plan import Rows
 
 
@@ -91,9 +91,7 @@ def linear(draft: Draft, node: Node) -> EngineValue:
     return _in_parts(draft, node, weight, bias, starts, site.num_channels)
 
 
-def _in_parts(
-    draft: Draft, node: Node, weight: torch.Tensor, bias: np.ndarray, starts: tuple[int, ...], channels: int
-) -> EngineValue:
+def _in_parts(draft: Draft, node: Node, weight: torch.Tensor, bias: np.ndarray, starts: tuple[int, ...], channels: int) -> EngineValue:
     """Emits one linear layer for each of several values of one gated space that a fused layer makes; each is compact in its own part."""
     source = draft.engine(node.args[0], _channels_outermost(node.args[0])).view
     last = len(source.sizes) - 1
@@ -160,7 +158,7 @@ def _one_position(
 
 
 @lowers("batch_norm")
-def batch_norm(draft: Draft, node: Node) -> EngineValue:
+def batch_norm(draft: Draft, node: Node) -> EngineValue | MergedValue:
     arguments = node.arguments
     mean, variance = draft.constant(arguments["running_mean"]), draft.constant(arguments["running_var"])
     if arguments["training"] or mean is None or variance is None:
@@ -171,4 +169,7 @@ def batch_norm(draft: Draft, node: Node) -> EngineValue:
     shift = -mean.detach().double().numpy() * scale
     if arguments["bias"] is not None:
         shift = shift + draft.constant(arguments["bias"]).detach().double().numpy()
-    return scale_rows(draft, node, node.args[0], 0, scale, shift)
+    _, dim, first = draft.along(node.args[0], 1)
+    if dim is None:
+        raise NotOnEngine("the batch in place of the channels")
+    return merged(scale_rows(draft, node, node.args[0], dim, scale, shift), first)

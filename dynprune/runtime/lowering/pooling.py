@@ -20,8 +20,8 @@ from dynprune.graph.capture import Node
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
 from dynprune.runtime.lowering.elementwise import ACTIVATIONS
-from dynprune.runtime.lowering.registry import dim_of_sample, lowers, pair
-from dynprune.runtime.lowering.values import EngineValue, ListValue, NotOnEngine
+from dynprune.runtime.lowering.registry import lowers, pair
+from dynprune.runtime.lowering.values import EngineValue, ListValue, MergedValue, NotOnEngine, merged
 from dynprune.runtime.plan import Rows
 
 _MAX, _AVERAGE = 0, 1
@@ -29,7 +29,7 @@ _MAX, _AVERAGE = 0, 1
 
 def _mean(draft: Draft, node: Node, source: Node, dims: list[int], keep: bool) -> EngineValue:
     """Returns the mean over per-sample dimensions; dimensions of one element are only dropped."""
-    x = draft.engine(source)
+    x = draft.apart(source)
     kept = [d for d in range(len(x.view.sizes)) if d not in dims]
     sizes = tuple(1 if d in dims else n for d, n in enumerate(x.view.sizes) if keep or d not in dims)
     batch = x.view.batch_dim
@@ -78,30 +78,36 @@ def _rows_over(x: EngineValue, kept: list[int], dims: list[int]) -> Rows | None:
     return Rows(x.view.buffer, x.view.offset, outer[0], outer[1] if outer[0] > 1 else inner[0], inner[0])
 
 
-def _reduced_dims(draft: Draft, node: Node) -> list[int]:
-    view = draft.engine(node.args[0]).view
-    rank, dims = len(view.sizes) + 1, node.arguments.get("dim")
+def _reduced_dims(draft: Draft, node: Node) -> tuple[list[int], int | None]:
+    """Returns the per-sample dimensions that a node reduces, and `MergedValue.first` of its result."""
+    dims = node.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
-    sample = [dim_of_sample(d, rank, view.batch_dim) for d in dims or ()]
+    found = [draft.along(node.args[0], d) for d in dims or ()]
+    sample = [dim for _, dim, _ in found]
     if not sample or None in sample or node.arguments.get("dtype") is not None:
         raise NotOnEngine("a reduction over the batch")
-    return sample
+    first = found[0][2]
+    if first is not None and not node.arguments["keepdim"]:
+        raise NotOnEngine("a batch that shares a dimension with others")
+    return sample, first
 
 
 @lowers("mean")
-def mean(draft: Draft, node: Node) -> EngineValue:
-    return _mean(draft, node, node.args[0], _reduced_dims(draft, node), node.arguments["keepdim"])
+def mean(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    dims, first = _reduced_dims(draft, node)
+    return merged(_mean(draft, node, node.args[0], dims, node.arguments["keepdim"]), first)
 
 
 @lowers("sum")
-def sum_(draft: Draft, node: Node) -> EngineValue:
-    dims = _reduced_dims(draft, node)
-    return _times_count(draft, node, _mean(draft, node, node.args[0], dims, node.arguments["keepdim"]), node.args[0], dims)
+def sum_(draft: Draft, node: Node) -> EngineValue | MergedValue:
+    dims, first = _reduced_dims(draft, node)
+    value = _mean(draft, node, node.args[0], dims, node.arguments["keepdim"])
+    return merged(_times_count(draft, node, value, node.args[0], dims), first)
 
 
 def _times_count(draft: Draft, node: Node, value: EngineValue, source: Node, dims: list[int], activation: str = "none") -> EngineValue:
     """Returns activation(value * n), where n elements of `source` were averaged."""
-    count = prod(draft.engine(source).view.sizes[d] for d in dims)
+    count = prod(draft.apart(source).view.sizes[d] for d in dims)
     if count == 1 and activation == "none":
         return value
     if (step := value.step) is not None and step.is_open:
@@ -119,20 +125,20 @@ def _times_count(draft: Draft, node: Node, value: EngineValue, source: Node, dim
 
 
 @lowers("linalg_vector_norm")
-def vector_norm(draft: Draft, node: Node) -> EngineValue:
+def vector_norm(draft: Draft, node: Node) -> EngineValue | MergedValue:
     arguments, source = node.arguments, node.args[0]
     if arguments["ord"] != 2:
         raise NotOnEngine("another norm than the Euclidean")
-    dims = _reduced_dims(draft, node)
+    dims, first = _reduced_dims(draft, node)
     x = draft.dense(source)
     rows = views.memory_rows(x.view)
     view = draft.new_view(node, x.view.sizes, views.memory_order(x.view), x.view.batch_dim)
     output = Rows(view.buffer, 0, rows.rows, rows.positions, rows.positions)
     floats = {"activation": [0.0, 0.0]}
     draft.emit("unary", node, [(rows, x)], output, ints={"activation": [ACTIVATIONS.index("square")]}, floats=floats)
-    draft.values[node] = EngineValue(view, draft.site_of(node))
+    draft.values[node] = merged(EngineValue(view, draft.site_of(node)), first)
     value = _mean(draft, node, node, dims, arguments["keepdim"])
-    return _times_count(draft, node, value, source, dims, "sqrt")
+    return merged(_times_count(draft, node, value, source, dims, "sqrt"), first)
 
 
 def _planes(draft: Draft, node: Node, dims: int) -> tuple[list[int], list[int]]:

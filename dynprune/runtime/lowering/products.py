@@ -44,15 +44,12 @@ def product(draft: Draft, node: Node, left: EngineValue, right: EngineValue) -> 
         raise NotOnEngine("a product over the batch")
     lead = _broadcast(a.sizes[:-2], b.sizes[:-2])
     left_lead, right_lead = (views.expanded(_leading(view), lead) for view in (a, b))
-    batch, strides = views.simplified(lead, left_lead.strides, right_lead.strides)
-    if len(batch) > _MAX_BATCH_RANK:
-        raise NotOnEngine(f"matrices over more than {_MAX_BATCH_RANK} dimensions")
     rows, inner, columns = a.sizes[-2], a.sizes[-1], b.sizes[-1]
     across = a.strides[-2] == 1 and rows > 1 and b.strides[-1] != 1  # lanes along the rows of the left operand
     order = (*range(len(lead)), rank - 1, rank - 2) if across else tuple(range(rank))
     view = draft.new_view(node, (*lead, rows, columns), order, a.batch_dim + rank - len(a.sizes))
-    out_batch = views.simplified(lead, left_lead.strides, right_lead.strides, view.strides[:-2])
-    batch, (left_strides, right_strides, out_strides) = out_batch
+    batch, strides = views.simplified(lead, left_lead.strides, right_lead.strides, view.strides[:-2])
+    left_strides, right_strides, out_strides = strides
     if len(batch) > _MAX_BATCH_RANK:
         raise NotOnEngine(f"matrices over more than {_MAX_BATCH_RANK} dimensions")
     ints = {"batch": list(batch), "inner": [inner]}
@@ -63,7 +60,10 @@ def product(draft: Draft, node: Node, left: EngineValue, right: EngineValue) -> 
         reads = [(extent(b), right), (extent(a), left)]
     else:
         ints |= {"rows": [rows], "positions": [columns]}
-        ints |= {"left_strides": [*left_strides, a.strides[-2], a.strides[-1]], "right_strides": [*right_strides, b.strides[-2], b.strides[-1]]}
+        ints |= {
+            "left_strides": [*left_strides, a.strides[-2], a.strides[-1]],
+            "right_strides": [*right_strides, b.strides[-2], b.strides[-1]],
+        }
         ints |= {"out_strides": [*out_strides, view.strides[-2], 1]}
         reads = [(extent(a), left), (extent(b), right)]
     step = draft.emit("matmul", node, reads, extent(view), ints=ints)

@@ -46,7 +46,9 @@ def upsample(draft: Draft, node: Node) -> EngineValue:
         matrix = np.ones((1, 1), np.float32) if dim is None else _axis_weights(draft, node, dim, in_sizes)
         ints[f"{name}_index"], constants[f"{name}_weight"] = _taps(matrix)
     positions = out_size[1] * out_size[2]
-    step = draft.emit("resample", node, [(rows, x)], Rows(view.buffer, 0, out_size[0], positions, positions), ints=ints, constants=constants)
+    step = draft.emit(
+        "resample", node, [(rows, x)], Rows(view.buffer, 0, out_size[0], positions, positions), ints=ints, constants=constants
+    )
     return draft.written(node, view, step)
 
 

@@ -2,12 +2,12 @@
 
 | ATen | becomes |
 | --- | --- |
-| permute, transpose, t, movedim | another view |
+| permute, transpose, t, mT, movedim | another view |
 | reshape, view, flatten, unflatten, squeeze, unsqueeze | another view, or a copy where strides do not allow it |
 | slice, narrow, select, split, split_with_sizes, chunk, unbind, expand, getitem | another view |
 | cat | operands are written straight into their part of the result, else copied |
 | pad, constant_pad_nd | padding of the convolution that follows, else fill and copy |
-| pixel_shuffle, upsample_nearest2d by whole factors | one copy |
+| pixel_shuffle | one copy |
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def permute(draft: Draft, node: Node) -> EngineValue | MergedValue:
     return _reordered(draft, node, [d % rank for d in node.arguments["dims"]])
 
 
-@lowers("transpose", "swapaxes", "swapdims", "t")
+@lowers("transpose", "swapaxes", "swapdims", "t", "mT")
 def transpose(draft: Draft, node: Node) -> EngineValue | MergedValue:
     dims = list(range(_rank(node)))
-    first, second = node.args[1:] if node.op != "t" else (0, 1)
+    first, second = {"t": (0, 1), "mT": (-2, -1)}.get(node.op) or node.args[1:]
     dims[first], dims[second] = dims[second], dims[first]
     return _reordered(draft, node, dims)
 
@@ -184,7 +184,9 @@ def getitem(draft: Draft, node: Node) -> EngineValue | MergedValue | ConstantVal
 
 
 @lowers("expand", "expand_as", "broadcast_to")
-def expand(draft: Draft, node: Node) -> EngineValue | ConstantValue:
+def expand(draft: Draft, node: Node) -> EngineValue | MergedValue | ConstantValue:
+    if isinstance(known := draft.values.get(node.args[0]), MergedValue):
+        return _expanded_apart(draft, node, known)
     sizes, constant = draft.sizes(node), draft.constant(node.args[0])
     if constant is not None:
         full = constant.reshape((1,) * (len(node.shape) - constant.ndim) + tuple(constant.shape))
@@ -195,6 +197,16 @@ def expand(draft: Draft, node: Node) -> EngineValue | ConstantValue:
     if x.view.batch_dim != 0 or len(x.view.sizes) != len(sizes):
         raise NotOnEngine("the batch moves")
     return draft.viewed(node, x, views.expanded(x.view, sizes), whole=False)
+
+
+def _expanded_apart(draft: Draft, node: Node, value: MergedValue) -> MergedValue:
+    x, first = value.base, value.first
+    if len(node.shape) != len(x.view.sizes) or node.shape[first] is not None:
+        raise NotOnEngine("the batch moves")
+    full = [*node.shape[:first], None, None, *node.shape[first + 1 :]]
+    del full[x.view.batch_dim]
+    sizes = [old if new is None else new for old, new in zip(x.view.sizes, full, strict=True)]
+    return MergedValue(draft.viewed(node, x, views.expanded(x.view, sizes), whole=False), first)
 
 
 @lowers("pad", "constant_pad_nd")
@@ -266,16 +278,6 @@ def pixel_shuffle(draft: Draft, node: Node) -> EngineValue:
     inner = (channels // factor**2, height, factor, width, factor)
     source = replace(x.view, sizes=inner, strides=(c * factor**2, h, c * factor, w, c))
     return _rewritten(draft, node, x, source)
-
-
-@lowers("upsample_nearest2d")
-def upsample_nearest2d(draft: Draft, node: Node) -> EngineValue:
-    x, sizes = draft.engine(node.args[0]), draft.sizes(node)
-    (channels, height, width), (c, h, w) = x.view.sizes, x.view.strides
-    if sizes[1] % height or sizes[2] % width or x.view.batch_dim != 0:
-        raise NotOnEngine("a factor that is not whole")
-    inner = (channels, height, sizes[1] // height, width, sizes[2] // width)
-    return _rewritten(draft, node, x, replace(x.view, sizes=inner, strides=(c, h, 0, w, 0)))
 
 
 def _rewritten(draft: Draft, node: Node, x: EngineValue, source: View) -> EngineValue:

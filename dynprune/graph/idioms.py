@@ -1,0 +1,98 @@
+"""Spells what models write out of small operations as the one operation that it is.
+
+| written | becomes |
+| --- | --- |
+| addmm(bias, x.view(-1, in), weight).view(..., out), GPT-2's linear layer | linear(x, weight.t(), bias) |
+| 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) | gelu(x, approximate="tanh") |
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_CLOSE = 1e-6
+"""Factors written in the models differ from the exact ones by rounding only."""
+
+
+def restore_idioms(graph: fx.Graph) -> None:
+    """Rewrites a graph of functional operations in place; nodes that nobody reads any more are removed."""
+    for node in list(graph.nodes):
+        if node.target is aten.addmm.default:
+            _restore_linear(graph, node)
+        elif node.target is aten.mul.Tensor:
+            _restore_gelu(graph, node)
+
+
+def _restore_linear(graph: fx.Graph, node: fx.Node) -> None:
+    if node.kwargs or len(node.users) != 1:
+        return
+    bias, rows, weight = node.args
+    (back,) = node.users
+    if rows.target is not aten.reshape.default or back.target is not aten.reshape.default or weight.op != "placeholder":
+        return
+    x = rows.args[0]
+    before, flat, after = (value.meta["val"].shape for value in (x, rows, back))
+    if len(flat) != 2 or str(before[:-1]) != str(after[:-1]) or str(before[-1]) != str(flat[-1]):
+        return
+    with graph.inserting_before(back):
+        turned = graph.call_function(aten.t.default, (weight,))
+        turned.meta = dict(node.meta, val=weight.meta["val"].t())
+        linear = graph.call_function(aten.linear.default, (x, turned, bias))
+        linear.meta = dict(node.meta, val=back.meta["val"])
+    back.replace_all_uses_with(linear)
+    _erase_unread(graph, back)
+
+
+def _restore_gelu(graph: fx.Graph, node: fx.Node) -> None:
+    for half, other in (node.args, node.args[::-1]) if len(node.args) == 2 else ():
+        x = _times(half, 0.5)
+        tanh = _plus_number(other, 1.0)
+        if x is None or tanh is None or tanh.target is not aten.tanh.default:
+            continue
+        inner = _times(tanh.args[0], math.sqrt(2 / math.pi))
+        if inner is None or inner.target is not aten.add.Tensor or inner.kwargs or len(inner.args) != 2:
+            continue
+        cubes = [_times(value, 0.044715) for value in inner.args if value is not x]
+        if len(cubes) != 1 or cubes[0] is None or cubes[0].target is not aten.pow.Tensor_Scalar or tuple(cubes[0].args) != (x, 3.0):
+            continue
+        with graph.inserting_before(node):
+            gelu = graph.call_function(aten.gelu.default, (x,), {"approximate": "tanh"})
+            gelu.meta = dict(node.meta)
+        node.replace_all_uses_with(gelu)
+        _erase_unread(graph, node)
+        return
+
+
+def _times(node: object, factor: float) -> fx.Node | None:
+    """Returns x of a node x * factor; None if it is not that."""
+    if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor or len(node.args) != 2:
+        return None
+    for x, number in (node.args, node.args[::-1]):
+        if isinstance(x, fx.Node) and isinstance(number, int | float) and math.isclose(number, factor, rel_tol=_CLOSE):
+            return x
+    return None
+
+
+def _plus_number(node: object, number: float) -> fx.Node | None:
+    """Returns x of a node x + number; None if it is not that."""
+    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    for x, added in (node.args, node.args[::-1]):
+        if isinstance(x, fx.Node) and isinstance(added, int | float) and added == number:
+            return x
+    return None
+
+
+def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Removes a node, and what only it read."""
+    if node.users or node.op != "call_function":
+        return
+    read = node.all_input_nodes
+    graph.erase_node(node)
+    for value in read:
+        _erase_unread(graph, value)
