@@ -66,7 +66,7 @@ def prune(
         model: any module that `DynamicModel` takes.
         example_inputs: of one call: a tensor, a tuple of arguments, or a dict of keyword arguments.
         keep_ratio: share of the channels, neurons and heads to keep, in [0, 1].
-        target_macs: multiply-adds of one sample to stay within; below 1 a share of the model's.
+        target_macs: multiply-adds of one sample to stay within; up to 1 a share of the model's.
         target_ms: milliseconds of a call with `example_inputs` to stay within, on this machine and `torch.get_num_threads()` threads.
             Exactly one of these three must be given.
         criterion: "l1", "l2", "bn_scale", "fpgm", "taylor", "activation", "random" (see `dynprune.pruning.criteria`), or a callable
@@ -175,7 +175,7 @@ class _Round:
         spaces = [space for space in self.anatomy.spaces if space.kind in wanted]
         residuals: list[Residual] = []
         if BRANCHES in wanted:
-            residuals, without = find_residuals(self.anatomy.graph, self.anatomy.macs, self.model)
+            residuals, without = find_residuals(self.anatomy.graph, self.anatomy.macs)
             self.refused += without
         names = [*(space.name for space in spaces), *(residual.name for residual in residuals)]
         if not names:
@@ -280,7 +280,7 @@ class _Round:
         """Returns what became of this round's places by the end of round `last`."""
         rows = []
         for name, (kind, before, after) in self._sizes.items():
-            rows.append(Cut(name, kind, before, after if last is self or kind == BRANCHES else last._sizes.get(name, (kind, before, after))[2]))
+            rows.append(Cut(name, kind, before, last._sizes[name][2] if name in last._sizes else after))
         return (*rows, *(Cut(n, k, b, a) for n, (k, b, a) in last._sizes.items() if n not in self._sizes))
 
 
@@ -291,7 +291,7 @@ def _ratio(now: _Round, goal: tuple[str, float], share: float, first: _Round, be
         return (1 - (1 - value) * share) / (1 - (1 - value) * before)
     if kind == "target_macs":
         whole = first.macs(1.0)
-        target = whole - (whole - (value * whole if value < 1 else value)) * share
+        target = whole - (whole - (value * whole if value <= 1 else value)) * share
         ratio = largest_ratio(lambda r: now.macs(r) <= target)
         if ratio is None:
             raise InputError(

@@ -129,7 +129,7 @@ def compensate_(small: nn.Module, evidence: Evidence, spaces: Sequence[Space], r
         gone = np.array([int(atom) in removed for atom in space.atoms])
         for part in space.consumers if gone.any() else ():
             moments, module = evidence.moments(part.module_path), evidence.model.get_submodule(part.module_path)
-            if moments is None or isinstance(module, _ConvTransposeNd) or part.module_path not in dict(small.named_modules()):
+            if moments is None or isinstance(module, _ConvTransposeNd) or recipe.removes(part.module_path):
                 continue
             groups = getattr(module, "groups", 1)
             entries = torch.from_numpy(np.tile((part.classes >= 0) & gone[part.classes], groups))

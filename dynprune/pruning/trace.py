@@ -110,7 +110,8 @@ class Trace:
     def _computed(self, node: Node) -> Any:
         """Returns a number, or the list of results of an operation that moves elements, computed from what is known."""
         try:
-            args, kwargs = pytree.tree_map(lambda item: self._values.get(item) if isinstance(item, Node) else item, (node.args, node.kwargs))
+            known = {used: self._values.get(used) for used in node.inputs}
+            args, kwargs = pytree.tree_map(lambda item: known[item] if isinstance(item, Node) else item, (node.args, node.kwargs))
             return node.target(*args, **kwargs)
         except (RuntimeError, TypeError, AttributeError, IndexError, ValueError):
             return None

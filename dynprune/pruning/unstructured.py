@@ -53,7 +53,8 @@ class SparsifyReport:
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
         rows = [f"{layer.name.ljust(width)}  {layer.weights:>10}  {layer.sparsity:7.2%}" for layer in self.layers]
-        return "\n".join([f"{'layer'.ljust(width)}  {'weights':>10}    zeros", *rows, f"{'all'.ljust(width)}  {'':>10}  {self.sparsity:7.2%}"])
+        header, total = f"{'layer'.ljust(width)}  {'weights':>10}    zeros", f"{'all'.ljust(width)}  {'':>10}  {self.sparsity:7.2%}"
+        return "\n".join([header, *rows, total])
 
 
 def sparsify(
@@ -141,9 +142,10 @@ def _check(sparsity: float | None, rule: Pattern, scope: str, criterion: str, fi
 
 
 def _layers(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Module]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+    found = {name: m for name, m in layers.items() if "weight" in m._parameters or torch_prune.is_pruned(m)}
     if not found:
-        raise UnsupportedModelError("The model has no convolution or linear layer, so there is nothing to sparsify.")
+        raise UnsupportedModelError("The model has no convolution or linear layer with a weight of its own, so nothing to sparsify.")
     chosen = choose_names(list(found), include, exclude, "convolution or linear layer")
     if not chosen:
         raise InputError("`include` and `exclude` leave no layer.")
