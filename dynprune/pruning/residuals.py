@@ -65,6 +65,12 @@ def _zero(before: tuple[int | None, ...], after: tuple[int | None, ...]) -> str 
     return f"zero {after[1]} {stride}" if fits else None
 
 
+def resized(stand_in: str, rows: Sequence[int] | None) -> str:
+    """Returns the stand-in for a branch of whose output rows only some stay, as the stream that it is added to was cut; None is all."""
+    kind, *sizes = stand_in.split()
+    return stand_in if not sizes or rows is None else f"{kind} {len(rows)} {sizes[1]}"
+
+
 def _residual(name: str, branch: Branch, graph: Graph, zero: str) -> Residual:
     inside = {node.name for node in branch.nodes}
     modules = dict.fromkeys(_outermost(node.module_path, inside, graph) for node in branch.nodes)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dynprune.gates.compensation import compensation_matrix
 from dynprune.pruning.evidence import Evidence, evaluated
 from dynprune.pruning.recipe import Recipe, add_bias_, copy_model
-from dynprune.pruning.residuals import Residual
+from dynprune.pruning.residuals import Residual, resized
 from dynprune.pruning.spaces import Anatomy, Space
 
 TOLERANCE = 1e-3
@@ -40,7 +40,10 @@ def make_recipe(anatomy: Anatomy, removed: set[int], residuals: Sequence[Residua
         count = sum(int(atom) not in removed for atom in space.atoms)
         if space.kind == "heads" and count < space.size:
             attributes[space.name] = _head_attributes(model.get_submodule(space.name), space, count)
-    replaced = {path: stand_in for residual in residuals for path, stand_in in residual.replaced.items()}
+    replaced = {}
+    for residual in residuals:
+        rows = kept.get(f"{residual.last}.weight", {}).get(0)
+        replaced |= {path: resized(stand_in, rows) for path, stand_in in residual.replaced.items()}
     return Recipe(kept, attributes, replaced)
 
 

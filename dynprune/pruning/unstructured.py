@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 from dynprune.errors import CalibrationError, InputError, UnsupportedModelError
 from dynprune.pruning.evidence import input_moments
-from dynprune.pruning.patterns import Pattern, block_scores, n_of_m_mask, parse_pattern, threshold_mask
+from dynprune.pruning.patterns import Pattern, expand_blocks, n_of_m_mask, parse_pattern, reduce_blocks, threshold_mask
 from dynprune.pruning.recipe import copy_model
 from dynprune.pruning.schedule import shares
 from dynprune.pruning.selection import SCOPES
@@ -171,12 +171,13 @@ def _masks(scores: dict[str, Tensor], rule: Pattern, sparsity: float, scope: str
     if rule.m:
         share = sparsity / rule.fixed_sparsity
         return {name: _partly(value, n_of_m_mask(value, rule), share) for name, value in scores.items()}
-    scores = {name: block_scores(value, rule.block) for name, value in scores.items()}
+    decisions = {name: reduce_blocks(value, rule.block) for name, value in scores.items()}
     if scope == "local":
-        return {name: threshold_mask(value, sparsity) for name, value in scores.items()}
-    everything = torch.cat([_protected(value.flatten(), floor) for value in scores.values()])
-    parts = threshold_mask(everything, sparsity).split([value.numel() for value in scores.values()])
-    return {name: part.view_as(value) for part, (name, value) in zip(parts, scores.items(), strict=True)}
+        chosen = [threshold_mask(value, sparsity) for value in decisions.values()]
+    else:
+        everything = torch.cat([_protected(value, floor) for value in decisions.values()])
+        chosen = threshold_mask(everything, sparsity).split([value.numel() for value in decisions.values()])
+    return {name: expand_blocks(part, scores[name].shape, rule.block) for name, part in zip(scores, chosen, strict=True)}
 
 
 def _protected(scores: Tensor, floor: float) -> Tensor:

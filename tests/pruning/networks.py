@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,3 +74,14 @@ def two_layers(hidden: int = 6) -> nn.Sequential:
 def quick(model: nn.Module, example, **options):
     """Returns `prune(...)` without timing."""
     return prune(model, example, measure=False, **options)
+
+
+def run_onnx(model: nn.Module, x: Tensor, folder: Path) -> np.ndarray:
+    """Returns what ONNX Runtime makes of `x` with the exported model."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = folder / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own successor
+        torch.onnx.export(model, (x,), path, dynamo=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_close
 from models import GATED, build, example
-from networks import HeadsBlock, PlainAttention, ShuffleUnit, quick, two_layers
+from networks import HeadsBlock, PlainAttention, ShuffleUnit, quick, run_onnx, two_layers
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,7 +55,7 @@ def test_smaller_model_equals_the_masked_original(name, coupled):
         assert torch.equal(model.state_dict()[key], value), f"{key} of the user's model changed"
 
 
-@pytest.mark.parametrize("name", ["basic", "mbconv_se", "dense", "grouped", "vgg"])
+@pytest.mark.parametrize("name", ["basic", "grouped", "vgg"])
 def test_dynamic_model_training_and_export_on_top(name):
     small, _ = quick(build(name), example(name), keep_ratio=0.6, coupled=True)
     x = example(name, batch=3)
@@ -72,15 +72,10 @@ def test_dynamic_model_training_and_export_on_top(name):
 
 @pytest.mark.parametrize("name", ["basic", "mbconv"])
 def test_onnx_file_runs(name, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
     small, _ = quick(build(name), example(name), keep_ratio=0.5, structures=EVERYTHING)
-    path = tmp_path / "small.onnx"
-    x = example(name)
-    torch.onnx.export(small, x, path, dynamo=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {session.get_inputs()[0].name: x[0].numpy()})
+    (x,) = example(name)
     with torch.no_grad():
-        assert_close(got, small(*x), factor=10)
+        assert_close(run_onnx(small, x, tmp_path), small(x), factor=10)
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
@@ -171,7 +166,8 @@ def test_channel_shuffle_and_split():
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), ShuffleUnit(), ShuffleUnit(), nn.Conv2d(16, 4, 1)).eval()
     small, report = quick(model, IMAGE, keep_ratio=0.5, criterion="random", scope="local")
     assert small(IMAGE).shape == model(IMAGE).shape
-    assert report.params_after < 0.7 * report.params_before
+    assert [(c.name, c.after) for c in report.cuts] == [("1.first", 4), ("2.first", 4)]
+    assert "0" in dict(report.refused), "its halves are of one size in the forward"
 
 
 def test_zero_padded_shortcuts_keep_what_they_must():

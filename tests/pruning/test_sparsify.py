@@ -36,11 +36,11 @@ def test_the_smallest_weights_go(scope):
     assert report.sparsity == pytest.approx(0.7, abs=0.002)
     for name, mask in zeros_of(sparse).items():
         weight = model.get_submodule(name).weight.detach().abs()
-        assert weight[mask].max() <= weight[~mask].min()
+        assert mask.all() or weight[mask].max() <= weight[~mask].min()
         if scope == "local":
             assert mask.float().mean() == pytest.approx(0.7, abs=0.01)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-    assert "all" in str(report) and "70.00%" in str(report)
+    assert f"{report.sparsity:.2%}" in str(report).splitlines()[-1]
 
 
 def test_a_floor_keeps_layers_alive():
