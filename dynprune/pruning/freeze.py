@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprune.control.controller import check_level
+from dynprune.control.checks import check_level
 from dynprune.errors import CalibrationError, InputError
 from dynprune.gates.compensation import compensation_matrix
 from dynprune.graph.sites import Site

@@ -62,7 +62,7 @@ class Recipe:
         kept: tensor name -> dimension -> ascending indices that stay; dimensions that stay whole are left out.
         attributes: module path -> attribute -> its new value (the number of heads, say).
         replaced: module path -> "pass", "zero" or "zero CHANNELS STRIDE": what stands in for the modules of removed branches.
-        biased: paths of convolutions and linear layers that get a bias, for the means of what was removed.
+        biased: paths of convolutions and linear layers that get a bias of their final size, for the means of what was removed.
     """
 
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
@@ -76,21 +76,22 @@ class Recipe:
         Raises:
             InputError: the model has no such tensor or module, or they have other sizes.
         """
-        for path in self.biased:
-            add_bias_(model.get_submodule(path))
         for path, stand_in in self.replaced.items():
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, _stand_in(stand_in).train(model.training))
         touched = {}
         for name, dims in self.kept.items():
             path, _, attribute = name.rpartition(".")
-            if self.removes(path):
+            if self.removes(path) or (attribute == "bias" and path in self.biased):
                 continue
             module = _module(model, path, name)
             _cut(model, module, attribute, name, dims)
             touched[path] = module
         for module in touched.values():
             fit_sizes_(module)
+        for path in self.biased:
+            if not self.removes(path):
+                add_bias_(model.get_submodule(path))
         for path, values in self.attributes.items():
             if not self.removes(path):
                 for attribute, value in values.items():

@@ -60,7 +60,7 @@ class Trace:
         return value if isinstance(value, Tensor) else None
 
     def channels(self, node: Node, dim: int, reason: str) -> np.ndarray | None:
-        """Returns the ids along a dimension; None, and all of them pinned, where they differ between positions."""
+        """Returns the ids along a dimension, NONE for all, and all pinned, where they differ between positions; None for unknown ids."""
         ids = self.ids(node)
         if ids is None:
             return None
