@@ -19,7 +19,7 @@ from dynprune.cli.table import format_table
 from dynprune.runtime import _C
 from dynprune.runtime.engine import choose_isa
 
-SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 # name, in_channels, out_channels, side of the plane, kernel, stride; a side of 0 is a linear layer of one position
 SHAPES = (
     ("1x1 256-256 28x28", 256, 256, 28, 1, 1),

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dynprune.control.monitor import ResourceMonitor
     from dynprune.control.pressure import PressurePolicy
     from dynprune.errors import CalibrationError, CheckpointError, DynpruneError, InputError, UnsupportedModelError
+    from dynprune.pruning.batch_norm import reestimate_batch_norm
+    from dynprune.pruning.recipe import load_pruned, save_pruned
+    from dynprune.pruning.structured import prune
+    from dynprune.pruning.unstructured import sparsify
     from dynprune.runtime.model import DynamicModel
     from dynprune.training.calibrate import calibrate
 
@@ -30,6 +34,11 @@ _MODULE_OF = {
     "ResourceMonitor": "dynprune.control.monitor",
     "UnsupportedModelError": "dynprune.errors",
     "calibrate": "dynprune.training.calibrate",
+    "load_pruned": "dynprune.pruning.recipe",
+    "prune": "dynprune.pruning.structured",
+    "reestimate_batch_norm": "dynprune.pruning.batch_norm",
+    "save_pruned": "dynprune.pruning.recipe",
+    "sparsify": "dynprune.pruning.unstructured",
 }
 
 __all__ = [
@@ -45,6 +54,11 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "load_pruned",
+    "prune",
+    "reestimate_batch_norm",
+    "save_pruned",
+    "sparsify",
 ]
 
 

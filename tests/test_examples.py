@@ -13,6 +13,7 @@ PRINTS = {
     "latency_budget": ["budget ", " of 64 missed"],
     "given_lists": ["site '0': 32 groups", "largest difference"],
     "save_and_load": ["operating points"],
+    "prune_static": ["multiply-adds: ", "level 1 skips ", "frozen: ", "masks: 9", "zeros, skipped"],
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dynprune"
-LAYERS = ("version", "errors", "timing", "control", "graph", "gates", "runtime", "training", "prune", "cli", "integrations")
+LAYERS = ("version", "errors", "timing", "control", "graph", "gates", "runtime", "training", "pruning", "cli", "integrations")
 """Of the package, first what stands first."""
 ORDER_WITHIN = {
     "control": ("frontier", "controller", "monitor"),

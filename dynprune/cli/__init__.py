@@ -9,7 +9,7 @@ import sys
 
 from dynprune.errors import DynpruneError
 
-VERBS = ("demo", "bench", "explain", "doctor")
+VERBS = ("demo", "bench", "explain", "prune", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -30,6 +30,8 @@ class Gate(nn.Module):
         down, up, bias: f32 parameters of shape (rank, in_channels), (num_groups, rank), (num_groups,).
         curve: f32 buffer (levels,), the threshold at level i / (levels - 1).
         calibrated: bool buffer (), whether `calibrate` has fitted this gate.
+        keep_frequency: f32 buffer (levels, num_groups), how often each group was active on the calibration inputs at each level; (0,
+            num_groups) before a calibration.
         temperature: width of the sigmoid whose slope stands for the step's in training, > 0 and at most 1, in units of the score.
 
     Raises:
@@ -53,6 +55,7 @@ class Gate(nn.Module):
         self.temperature = 1.0
         self.register_buffer("curve", initial_curve(self.bias.detach()))
         self.register_buffer("calibrated", torch.tensor(False))
+        self.register_buffer("keep_frequency", torch.zeros(0, num_groups))
 
     @property
     def in_channels(self) -> int:
@@ -73,10 +76,17 @@ class Gate(nn.Module):
         """Returns the score above which a group is active at `level` in [0, 1]: minus infinity at level 0."""
         if level <= 0:
             return float("-inf")
-        position = min(level, 1.0) * (len(self.curve) - 1)
-        index = min(int(position), len(self.curve) - 2)
-        low, high = self.curve[index : index + 2].tolist()
-        return low + (position - index) * (high - low)
+        return float(_at_level(self.curve.double(), level))
+
+    def frequency(self, level: float) -> Tensor | None:
+        """Returns how often each group is active at `level`, (num_groups,) in [0, 1]; None where no calibration has counted it."""
+        return _at_level(self.keep_frequency, level) if len(self.keep_frequency) else None
+
+    def record_frequency(self, keep_frequency: Tensor) -> None:
+        """Keeps what a calibration counted: (levels, num_groups), two or more levels."""
+        if keep_frequency.dim() != 2 or len(keep_frequency) < 2 or keep_frequency.shape[1] != self.num_groups:
+            raise InputError(f"`keep_frequency` must have shape (levels >= 2, {self.num_groups}), got {tuple(keep_frequency.shape)}.")
+        self.keep_frequency = keep_frequency.detach().to(self.bias)
 
     def mask(self, pooled: Tensor, level: float) -> Tensor:
         """Returns a 0-1 tensor (N, num_groups), f32: 1 where a group is active.
@@ -104,6 +114,9 @@ class Gate(nn.Module):
         curve = state_dict.get(prefix + "curve")
         if curve is not None and curve.dim() == 1 and len(curve) >= 2:
             self.curve = self.curve.new_empty(curve.shape)  # the number of levels is the calibration's choice
+        frequency = state_dict.setdefault(prefix + "keep_frequency", self.keep_frequency[:0])  # files of older versions lack it
+        if frequency.dim() == 2 and frequency.shape[1] == self.num_groups:
+            self.keep_frequency = self.keep_frequency.new_empty(frequency.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -149,6 +162,14 @@ class BranchGate(Gate):
     def __init__(self, in_channels: int, rank: int | None = None):
         super().__init__(in_channels, 1, rank)
         self.curve.fill_(self.bias.item() - 1.0)
+
+
+def _at_level(table: Tensor, level: float) -> Tensor:
+    """Returns row `level` in [0, 1] of a table of two or more rows, the first for level 0 and the last for 1, interpolated linearly."""
+    position = min(max(level, 0.0), 1.0) * (len(table) - 1)
+    index = min(int(position), len(table) - 2)
+    low, high = table[index].detach(), table[index + 1].detach()
+    return low + (position - index) * (high - low)
 
 
 def initial_curve(static_score: Tensor, levels: int = DEFAULT_LEVELS) -> Tensor:

@@ -130,4 +130,3 @@ CRITERIA: dict[str, Criterion] = {
     "activation": _activation,
     "random": _random,
 }
-

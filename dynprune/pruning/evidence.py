@@ -66,8 +66,18 @@ class Evidence:
     def mean_loss(self) -> float:
         """Returns the mean loss over the data, by samples."""
         with evaluated(self.model), torch.no_grad():
-            values = [float(self.loss(self.model(*c.args, **c.kwargs), c.labels)) * c.size for c in self.chunks]
+            values = [float(self._loss_of(number, chunk)) * chunk.size for number, chunk in enumerate(self.chunks)]
         return sum(values) / sum(chunk.size for chunk in self.chunks)
+
+    def _loss_of(self, number: int, chunk: Chunk) -> Tensor:
+        output = self.model(*chunk.args, **chunk.kwargs)
+        try:
+            value = self.loss(output, chunk.labels)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CalibrationError(f"`loss` failed on the output and labels of batch {number}: {error}") from error
+        if not isinstance(value, Tensor) or value.numel() != 1 or not torch.isfinite(value):
+            raise CalibrationError(f"`loss` must return a finite scalar tensor, got {value!r} on batch {number}.")
+        return value
 
     def _batch_products(self, number: int, chunk: Chunk) -> dict[str, Tensor]:
         weights = {name: p for name, p in self.model.named_parameters() if p.dim() > 1}
@@ -76,9 +86,7 @@ class Evidence:
             for p in weights.values():
                 p.requires_grad_(True)
             try:
-                value = self.loss(self.model(*chunk.args, **chunk.kwargs), chunk.labels)
-                if not isinstance(value, Tensor) or value.numel() != 1 or not torch.isfinite(value):
-                    raise CalibrationError(f"`loss` must return a finite scalar tensor, got {value!r} on batch {number}.")
+                value = self._loss_of(number, chunk)
                 if not value.requires_grad:
                     raise InputError("`loss` returned a tensor without gradients; compute it from the model's output without no_grad.")
                 gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)

@@ -47,13 +47,17 @@ def parse_pattern(text: str | None) -> Pattern:
     raise InputError(f"`pattern` must be None, 'N:M' with 0 < N < M (such as '2:4'), or 'Bx1' (such as '4x1'), got {text!r}.")
 
 
-def block_scores(scores: Tensor, block: int) -> Tensor:
-    """Returns scores (outputs, ...) in which `block` consecutive outputs have their mean; outputs that fill no block stand alone."""
+def reduce_blocks(scores: Tensor, block: int) -> Tensor:
+    """Returns one score per decision, 1-d: the mean of `block` consecutive outputs; outputs that fill no block stand alone."""
     whole = scores.shape[0] // block * block
-    if block == 1 or whole == 0:
-        return scores
-    means = scores[:whole].unflatten(0, (-1, block)).mean(1).repeat_interleave(block, 0)
-    return torch.cat([means, scores[whole:]])
+    return torch.cat([scores[:whole].unflatten(0, (-1, block)).mean(1).flatten(), scores[whole:].flatten()])
+
+
+def expand_blocks(decisions: Tensor, shape: torch.Size, block: int) -> Tensor:
+    """Returns a mask of a weight's shape from one entry per decision, in the order of `reduce_blocks`."""
+    whole = shape[0] // block * block
+    blocks = decisions[: whole // block * shape[1:].numel()].view(whole // block, *shape[1:]).repeat_interleave(block, 0)
+    return torch.cat([blocks, decisions[whole // block * shape[1:].numel() :].view(shape[0] - whole, *shape[1:])])
 
 
 def n_of_m_mask(scores: Tensor, pattern: Pattern) -> Tensor:

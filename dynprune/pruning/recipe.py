@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,14 +30,28 @@ class Passthrough(nn.Module):
 
 
 class ZeroBranch(nn.Module):
-    """Returns zeros of the shape of its first input: what stands for the last module of a removed branch."""
+    """Returns zeros of the shape of its first input: what stands for the last module of a removed branch.
+
+    Args:
+        channels: of the result, for images (N, channels, height, width); None for those of the input.
+        stride: every how many rows and columns of the input there is one of the result.
+    """
+
+    def __init__(self, channels: int | None = None, stride: int = 1):
+        super().__init__()
+        self.channels, self.stride = channels, stride
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Returns zeros like `x`."""
-        return torch.zeros_like(x)
+        """Returns zeros."""
+        if self.channels is None:
+            return torch.zeros_like(x)
+        return x.new_zeros(x.shape[0], self.channels, *(-(-size // self.stride) for size in x.shape[2:]))
 
 
-_STAND_INS = {"pass": Passthrough, "zero": ZeroBranch}
+def _stand_in(words: str) -> nn.Module:
+    """Returns the module that "pass", "zero" or "zero CHANNELS STRIDE" names."""
+    kind, *sizes = words.split()
+    return Passthrough() if kind == "pass" else ZeroBranch(*map(int, sizes))
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,8 @@ class Recipe:
     Attributes:
         kept: tensor name -> dimension -> ascending indices that stay; dimensions that stay whole are left out.
         attributes: module path -> attribute -> its new value (the number of heads, say).
-        replaced: module path -> "pass" or "zero", the modules of removed branches.
-        biased: paths of convolutions and linear layers that get a bias, for the means of what was removed.
+        replaced: module path -> "pass", "zero" or "zero CHANNELS STRIDE": what stands in for the modules of removed branches.
+        biased: paths of convolutions and linear layers that get a bias of their final size, for the means of what was removed.
     """
 
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
@@ -61,25 +76,30 @@ class Recipe:
         Raises:
             InputError: the model has no such tensor or module, or they have other sizes.
         """
-        for path in self.biased:
-            add_bias_(model.get_submodule(path))
         for path, stand_in in self.replaced.items():
             owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, _STAND_INS[stand_in]().train(model.training))
+            setattr(model.get_submodule(owner), name, _stand_in(stand_in).train(model.training))
         touched = {}
         for name, dims in self.kept.items():
             path, _, attribute = name.rpartition(".")
-            if any(is_within(path, gone) for gone in self.replaced):
+            if self.removes(path) or (attribute == "bias" and path in self.biased):
                 continue
             module = _module(model, path, name)
             _cut(model, module, attribute, name, dims)
             touched[path] = module
         for module in touched.values():
             fit_sizes_(module)
+        for path in self.biased:
+            if not self.removes(path):
+                add_bias_(model.get_submodule(path))
         for path, values in self.attributes.items():
-            if not any(is_within(path, gone) for gone in self.replaced):
+            if not self.removes(path):
                 for attribute, value in values.items():
                     setattr(model.get_submodule(path), attribute, value)
+
+    def removes(self, path: str) -> bool:
+        """Whether a module is gone with a branch."""
+        return any(is_within(path, gone) for gone in self.replaced)
 
     def then(self, later: Recipe) -> Recipe:
         """Returns the recipe that does this one and then `later`, whose indices count what this one left."""
@@ -144,15 +164,11 @@ def load_pruned(path: str | PathLike, model: nn.Module) -> nn.Module:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (InputError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{str(path)!r} belongs to another model: {error}") from error
-    shared = {name for name, tensor in model.state_dict().items() if _shares(tensor, name, state, model)}
-    if unexpected or set(missing) - shared:
+    filled = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
+    missing = [name for name in missing if model.state_dict()[name].data_ptr() not in filled]  # shared tensors are stored once
+    if unexpected or missing:
         raise CheckpointError(f"{str(path)!r} belongs to another model: missing {missing[:3]}, unexpected {unexpected[:3]}.")
     return model
-
-
-def _shares(tensor: Tensor, name: str, state: dict[str, Tensor], model: nn.Module) -> bool:
-    same = [other for other, value in model.state_dict().items() if other != name and value.data_ptr() == tensor.data_ptr()]
-    return any(other in state for other in same)
 
 
 def _module(model: nn.Module, path: str, name: str) -> nn.Module:
@@ -207,8 +223,6 @@ def add_bias_(module: nn.Module) -> None:
 
 def copy_model(model: nn.Module) -> nn.Module:
     """Returns a deep copy; weights that `torch.nn.utils.prune` computes are copied too, without their history."""
-    import copy
-
     for module in model.modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:

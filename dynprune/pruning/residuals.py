@@ -23,7 +23,7 @@ class Residual:
 
     Attributes:
         name: module path of the block whose branch it is, or the addition's name.
-        replaced: module path -> "pass" or "zero": what stands in for the branch's modules when it is gone.
+        replaced: module path -> what stands in for it when the branch is gone; see `Recipe.replaced`.
         nodes: names of the nodes that then cost nothing.
         last: module path of its last convolution or linear layer.
         norm: module path of the batch norm behind that, or "".
@@ -38,7 +38,7 @@ class Residual:
     output: str
 
 
-def find_residuals(graph: Graph, macs: dict[str, int], model: nn.Module) -> tuple[list[Residual], list[tuple[str, str]]]:
+def find_residuals(graph: Graph, macs: dict[str, int]) -> tuple[list[Residual], list[tuple[str, str]]]:
     """Returns the branches that can be taken out, and (place, reason) of those that cannot."""
     found, refused = [], []
     for branch in find_branches(graph, macs)[0]:
@@ -47,18 +47,35 @@ def find_residuals(graph: Graph, macs: dict[str, int], model: nn.Module) -> tupl
             name = f"{name}.{branch.mask_output.rpartition('.')[2]}".lstrip(".")
         if not branch.mask_output:
             refused.append((name, "no module of its own returns the branch as one tensor"))
-        elif branch.x.shape != branch.add.shape:
+        elif (zero := _zero(branch.x.shape, branch.add.shape)) is None:
             refused.append((name, "the branch changes the shape of its input"))
         else:
-            found.append(_residual(name, branch, graph, model))
+            found.append(_residual(name, branch, graph, zero))
     return found, refused
 
 
-def _residual(name: str, branch: Branch, graph: Graph, model: nn.Module) -> Residual:
+def _zero(before: tuple[int | None, ...], after: tuple[int | None, ...]) -> str | None:
+    """Returns the stand-in that makes zeros of shape `after` from a value of shape `before`, or None."""
+    if before == after:
+        return "zero"
+    if len(before) != 4 or len(after) != 4 or None in (*before, *after):
+        return None
+    stride = -(-before[2] // after[2])
+    fits = all(-(-before[d] // stride) == after[d] for d in (2, 3))
+    return f"zero {after[1]} {stride}" if fits else None
+
+
+def resized(stand_in: str, rows: Sequence[int] | None) -> str:
+    """Returns the stand-in for a branch of whose output rows only some stay, as the stream that it is added to was cut; None is all."""
+    kind, *sizes = stand_in.split()
+    return stand_in if not sizes or rows is None else f"{kind} {len(rows)} {sizes[1]}"
+
+
+def _residual(name: str, branch: Branch, graph: Graph, zero: str) -> Residual:
     inside = {node.name for node in branch.nodes}
     modules = dict.fromkeys(_outermost(node.module_path, inside, graph) for node in branch.nodes)
     paths = [path for path in modules if path]
-    replaced = {path: "zero" if is_within(branch.mask_output, path) else "pass" for path in paths}
+    replaced = {path: zero if is_within(branch.mask_output, path) else "pass" for path in paths}
     mixing = [node.module_path for node in branch.nodes if node.op in MIXING]
     norms = [node.module_path for node in branch.nodes if node.op == "batch_norm"]
     return Residual(name, replaced, frozenset(inside), mixing[-1], norms[-1] if norms else "", branch.mask_output)

@@ -23,12 +23,14 @@ class Candidate:
         scores: (size,) f64, higher stays longer.
         least: how many have to stay.
         multiple: the number that stay is rounded up to a multiple of this.
+        whole: how many there were before the first round.
     """
 
     name: str
     scores: np.ndarray
     least: int
     multiple: int
+    whole: int
 
     def count(self, wanted: float) -> int:
         """Returns the number to keep that is nearest above `wanted` and allowed."""
@@ -61,17 +63,18 @@ def select(candidates: Sequence[Candidate], keep_ratio: float, scope: str) -> di
 
     Args:
         candidates: what there is to choose from.
-        keep_ratio: share of the classes to keep, in [0, 1]: of each space ("local") or of all together ("global").
+        keep_ratio: share of the classes to keep, in [0, 1], of those before the first round: of each space ("local") or of all
+            together ("global").
         scope: "global" compares scores relative to the mean of their space.
     """
     if scope == "local":
-        return {c.name: c.best(c.count(round(keep_ratio * len(c.scores), 9))) for c in candidates}
+        return {c.name: c.best(c.count(round(keep_ratio * c.whole, 9))) for c in candidates}
     relative = [c.scores / max(c.scores.mean(), 1e-30) for c in candidates]
     owners = np.concatenate([np.full(len(scores), i) for i, scores in enumerate(relative)])
     kept = [len(scores) for scores in relative]
-    to_remove = round((1 - keep_ratio) * len(owners))
+    to_remove = len(owners) - round(keep_ratio * sum(c.whole for c in candidates))
     for flat in np.argsort(np.concatenate(relative), kind="stable"):
-        if to_remove == 0:
+        if to_remove <= 0:
             break
         owner = owners[flat]
         if kept[owner] > candidates[owner].least:

@@ -66,7 +66,7 @@ def prune(
         model: any module that `DynamicModel` takes.
         example_inputs: of one call: a tensor, a tuple of arguments, or a dict of keyword arguments.
         keep_ratio: share of the channels, neurons and heads to keep, in [0, 1].
-        target_macs: multiply-adds of one sample to stay within; below 1 a share of the model's.
+        target_macs: multiply-adds of one sample to stay within; up to 1 a share of the model's.
         target_ms: milliseconds of a call with `example_inputs` to stay within, on this machine and `torch.get_num_threads()` threads.
             Exactly one of these three must be given.
         criterion: "l1", "l2", "bn_scale", "fpgm", "taylor", "activation", "random" (see `dynprune.pruning.criteria`), or a callable
@@ -101,23 +101,22 @@ def prune(
     call = _call(example_inputs)
     chunks = _read(data, loss, len([x for x in (*call[0], *call[1].values()) if isinstance(x, Tensor)]))
     options = _Options(criterion, scope, frozenset(structures), coupled, include, exclude, round_to, floor, compensate, runtime, seed)
-    first = _Round(copy_model(model), call, options, chunks, loss, {})
+    first = _Round(copy_model(model), call, options, chunks, loss)
     times_wanted = measure or target_ms is not None
     ms_before = measure_ms(model, *call, runtime=runtime) if times_wanted else None
-    now, small, recipe, predicted, kept_ratio = first, first.model, Recipe(), None, 1.0
+    now, small, recipe, predicted = first, first.model, Recipe(), None
     for number, share in enumerate(progress):
         if number:
-            now = _Round(small, call, options, chunks, loss, first.least)
-        before = progress[number - 1] if number else 0.0
-        small, made = now.build(lambda now=now, share=share, before=before: _ratio(now, goal, share, first, before, ms_before))
-        recipe, kept_ratio = recipe.then(made), kept_ratio * now.share_kept
+            now = _Round(small, call, options, chunks, loss, first)
+        small, made = now.build(lambda now=now, share=share: _ratio(now, goal, share, first, ms_before))
+        recipe = recipe.then(made)
         predicted = now.predicted_loss()
         if finetune is not None:
             finetune(small)
     report = PruneReport(
         cuts=first.cuts(now),
         refused=tuple(dict.fromkeys((*first.refused, *now.refused))),
-        keep_ratio=kept_ratio,
+        keep_ratio=now.share_kept,
         params_before=_parameters(model),
         params_after=_parameters(small),
         macs_before=first.macs(1.0),
@@ -152,18 +151,21 @@ class _Round:
     """One pruning of one model: what there is to choose from, and the smaller models of different ratios.
 
     Attributes:
-        least: how many classes each space has to keep; taken from the first round.
-        share_kept: of the classes, after `build`.
+        least, whole: how many classes each space has to keep, and had; those of the first round.
+        share_kept: of the classes that there were before the first round, after `build`.
         refused: (layer, reason).
     """
 
-    def __init__(self, model: nn.Module, call: tuple, options: _Options, chunks: list[Chunk], loss: Loss | None, least: dict[str, int]):
+    def __init__(
+        self, model: nn.Module, call: tuple, options: _Options, chunks: list[Chunk], loss: Loss | None, first: _Round | None = None
+    ):
         self.model, self.call, self.options = model, call, options
         self.evidence = Evidence(model, chunks, loss, options.seed)
         self.loss_before = self.evidence.mean_loss() if loss is not None and chunks else None
         self.anatomy = Anatomy(capture(model, *call), coupled=options.coupled)
         self.refused = list(self.anatomy.refused)
-        self.least = dict(least)
+        self.least: dict[str, int] = {} if first is None else first.least
+        self.whole: dict[str, int] = {} if first is None else first.whole
         self.share_kept = 1.0
         self._sizes: dict[str, tuple[str, int, int]] = {}
         self.spaces, self.residuals = self._places()
@@ -175,15 +177,13 @@ class _Round:
         spaces = [space for space in self.anatomy.spaces if space.kind in wanted]
         residuals: list[Residual] = []
         if BRANCHES in wanted:
-            residuals, without = find_residuals(self.anatomy.graph, self.anatomy.macs, self.model)
+            residuals, without = find_residuals(self.anatomy.graph, self.anatomy.macs)
             self.refused += without
         names = [*(space.name for space in spaces), *(residual.name for residual in residuals)]
         if not names:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused[:3])
             raise UnsupportedModelError(f"Nothing in this model can be cut with structures={sorted(wanted)}. {reasons}")
-        chosen = names if self.least else choose_names(names, self.options.include, self.options.exclude)
-        if self.least:
-            chosen = set(self.least)
+        chosen = set(self.least) or choose_names(names, self.options.include, self.options.exclude)
         self.refused += [(name, "left out by `include` or `exclude`") for name in names if name not in chosen]
         return [space for space in spaces if space.name in chosen], [residual for residual in residuals if residual.name in chosen]
 
@@ -192,14 +192,15 @@ class _Round:
         self.candidates = []
         for space in self.spaces:
             least = self.least.setdefault(space.name, least_kept(space.name, space.size, o.floor))
-            multiple = 1 if space.kind == "heads" else o.round_to
-            self.candidates.append(Candidate(space.name, score_space(o.criterion, space, self.evidence), least, multiple))
+            multiple, whole = 1 if space.kind == "heads" else o.round_to, self.whole.setdefault(space.name, space.size)
+            self.candidates.append(Candidate(space.name, score_space(o.criterion, space, self.evidence), least, multiple, whole))
         if self.residuals:
             scores = score_residuals(o.criterion, self.residuals, self.evidence)
             for residual in self.residuals:
                 self.least.setdefault(residual.name, 0)
             share = o.floor if isinstance(o.floor, int | float) else max((v for k, v in o.floor.items() if k == BRANCHES), default=0.0)
-            self.candidates.append(Candidate(BRANCHES, scores, math.ceil(share * len(scores)), 1))
+            whole = self.whole.setdefault(BRANCHES, len(scores))
+            self.candidates.append(Candidate(BRANCHES, scores, math.ceil(share * whole), 1, whole))
 
     def choose(self, ratio: float) -> tuple[set[int], list[Residual]]:
         """Returns the classes and branches that go at a keep ratio."""
@@ -245,7 +246,8 @@ class _Round:
         self.spaces = [space for space in self.spaces if space.name not in bad]
         self.candidates = [c for c in self.candidates if c.name not in bad]
         keep = [residual.name not in bad for residual in self.residuals]
-        self.candidates = [replace(c, scores=c.scores[keep]) if c.name == BRANCHES else c for c in self.candidates]
+        lost = len(keep) - sum(keep)
+        self.candidates = [replace(c, scores=c.scores[keep], whole=c.whole - lost) if c.name == BRANCHES else c for c in self.candidates]
         self.residuals = [residual for residual, stays in zip(self.residuals, keep, strict=True) if stays]
         self.candidates = [c for c in self.candidates if len(c.scores)]
         if bad and not self.candidates:
@@ -258,8 +260,8 @@ class _Round:
 
     def _finish(self, small: nn.Module, recipe: Recipe, removed: set[int], gone: list[Residual]) -> tuple[nn.Module, Recipe]:
         self._removed = removed
-        total = sum(len(c.scores) for c in self.candidates)
-        self.share_kept = 1 - (len(removed) + len(gone)) / total if total else 1.0
+        stays = sum(len(c.scores) for c in self.candidates) - len(removed) - len(gone)
+        self.share_kept = stays / sum(c.whole for c in self.candidates)
         self._sizes = {s.name: (s.kind, s.size, s.size - sum(int(a) in removed for a in s.atoms)) for s in self.spaces}
         self._sizes |= {residual.name: (BRANCHES, 1, 0) for residual in gone}
         if self.options.compensate and self.evidence.chunks:
@@ -280,18 +282,18 @@ class _Round:
         """Returns what became of this round's places by the end of round `last`."""
         rows = []
         for name, (kind, before, after) in self._sizes.items():
-            rows.append(Cut(name, kind, before, after if last is self or kind == BRANCHES else last._sizes.get(name, (kind, before, after))[2]))
+            rows.append(Cut(name, kind, before, last._sizes[name][2] if name in last._sizes else after))
         return (*rows, *(Cut(n, k, b, a) for n, (k, b, a) in last._sizes.items() if n not in self._sizes))
 
 
-def _ratio(now: _Round, goal: tuple[str, float], share: float, first: _Round, before: float, ms_before: float | None) -> float:
+def _ratio(now: _Round, goal: tuple[str, float], share: float, first: _Round, ms_before: float | None) -> float:
     """Returns the keep ratio of a round that has to be `share` of the way."""
     kind, value = goal
     if kind == "keep_ratio":
-        return (1 - (1 - value) * share) / (1 - (1 - value) * before)
+        return 1 - (1 - value) * share
     if kind == "target_macs":
         whole = first.macs(1.0)
-        target = whole - (whole - (value * whole if value < 1 else value)) * share
+        target = whole - (whole - (value * whole if value <= 1 else value)) * share
         ratio = largest_ratio(lambda r: now.macs(r) <= target)
         if ratio is None:
             raise InputError(

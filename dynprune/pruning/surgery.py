@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dynprune.gates.compensation import compensation_matrix
 from dynprune.pruning.evidence import Evidence, evaluated
 from dynprune.pruning.recipe import Recipe, add_bias_, copy_model
-from dynprune.pruning.residuals import Residual
+from dynprune.pruning.residuals import Residual, resized
 from dynprune.pruning.spaces import Anatomy, Space
 
 TOLERANCE = 1e-3
@@ -40,7 +40,10 @@ def make_recipe(anatomy: Anatomy, removed: set[int], residuals: Sequence[Residua
         count = sum(int(atom) not in removed for atom in space.atoms)
         if space.kind == "heads" and count < space.size:
             attributes[space.name] = _head_attributes(model.get_submodule(space.name), space, count)
-    replaced = {path: stand_in for residual in residuals for path, stand_in in residual.replaced.items()}
+    replaced = {}
+    for residual in residuals:
+        rows = kept.get(f"{residual.last}.weight", {}).get(0)
+        replaced |= {path: resized(stand_in, rows) for path, stand_in in residual.replaced.items()}
     return Recipe(kept, attributes, replaced)
 
 
@@ -129,7 +132,7 @@ def compensate_(small: nn.Module, evidence: Evidence, spaces: Sequence[Space], r
         gone = np.array([int(atom) in removed for atom in space.atoms])
         for part in space.consumers if gone.any() else ():
             moments, module = evidence.moments(part.module_path), evidence.model.get_submodule(part.module_path)
-            if moments is None or isinstance(module, _ConvTransposeNd) or part.module_path not in dict(small.named_modules()):
+            if moments is None or isinstance(module, _ConvTransposeNd) or recipe.removes(part.module_path):
                 continue
             groups = getattr(module, "groups", 1)
             entries = torch.from_numpy(np.tile((part.classes >= 0) & gone[part.classes], groups))

@@ -60,7 +60,7 @@ class Trace:
         return value if isinstance(value, Tensor) else None
 
     def channels(self, node: Node, dim: int, reason: str) -> np.ndarray | None:
-        """Returns the ids along a dimension; None, and all of them pinned, where they differ between positions."""
+        """Returns the ids along a dimension, NONE for all, and all pinned, where they differ between positions; None for unknown ids."""
         ids = self.ids(node)
         if ids is None:
             return None
@@ -72,8 +72,11 @@ class Trace:
         return vector[:, 0].numpy()
 
     def spread(self, node: Node, dim: int, vector: np.ndarray) -> Tensor:
-        """Returns ids of a node's shape that are `vector` along a dimension."""
+        """Returns ids of a node's shape that are `vector` along a dimension; sizes that depend on the batch are those of its input."""
+        like = self.ids(node.args[0])
         sizes = self._sizes(node)
+        if None in sizes:
+            sizes = [like.shape[d] if size is None and d < like.dim() else size for d, size in enumerate(sizes)]
         shape = [1] * len(sizes)
         shape[dim] = sizes[dim]
         return torch.from_numpy(np.ascontiguousarray(vector)).view(shape).expand(sizes)
@@ -83,9 +86,12 @@ class Trace:
 
     def _unknown(self, node: Node) -> Tensor | None:
         """Returns ids that are no atoms."""
-        if node.shape is None or None in node.shape:
+        if node.shape is None:
             return None
-        return torch.full((1,), NONE).expand(self._sizes(node))
+        if None not in node.shape:
+            return torch.full((1,), NONE).expand(self._sizes(node))
+        like = next((self.ids(value) for value in node.inputs if value.shape == node.shape and self.ids(value) is not None), None)
+        return None if like is None else torch.full((1,), NONE).expand(like.shape)
 
     def _pin_value(self, node: Node, reason: str) -> None:
         for leaf in pytree.tree_leaves(self._values.get(node)):
@@ -110,7 +116,8 @@ class Trace:
     def _computed(self, node: Node) -> Any:
         """Returns a number, or the list of results of an operation that moves elements, computed from what is known."""
         try:
-            args, kwargs = pytree.tree_map(lambda item: self._values.get(item) if isinstance(item, Node) else item, (node.args, node.kwargs))
+            known = {used: self._values.get(used) for used in node.inputs}
+            args, kwargs = pytree.tree_map(lambda item: known[item] if isinstance(item, Node) else item, (node.args, node.kwargs))
             return node.target(*args, **kwargs)
         except (RuntimeError, TypeError, AttributeError, IndexError, ValueError):
             return None
@@ -300,6 +307,8 @@ def _reduced(trace: Trace, node: Node, ids: Tensor, dim: int, channels: np.ndarr
     if dim in dims or 0 in dims:
         return NotImplemented
     after = dim if node.arguments["keepdim"] else dim - sum(d < dim for d in dims)
+    if None in node.shape:
+        return NotImplemented
     return trace.spread(node, after, channels)
 
 
@@ -316,9 +325,9 @@ def _padded_channels(trace: Trace, node: Node, dim: int, channels: np.ndarray) -
 def _binary(trace: Trace, node: Node) -> Any:
     operands = [value for value in node.inputs if value.shape is not None]
     varying = [trace.ids(value) for value in operands if value.varies]
-    if node.shape is None or None in node.shape or any(ids is None for ids in varying):
+    if node.shape is None or not varying or any(ids is None for ids in varying):
         return NotImplemented
-    sizes = trace._sizes(node)
+    sizes = torch.broadcast_shapes(*(ids.shape for ids in varying), *(value.shape for value in operands if not value.varies))
     dims = sorted({len(sizes) - ids.dim() + d for ids in varying for d in range(ids.dim()) if bool((ids != ids.narrow(d, 0, 1)).any())})
     whole = [ids for ids in varying if all(_size_at(ids.shape, d, len(sizes)) == sizes[d] for d in dims)]
     if not whole:
@@ -391,4 +400,4 @@ def _heads(trace: Trace, node: Node, operands: tuple[Tensor, ...], value: Tensor
     trace.attention |= {atom: node.module_path for atom in found}
     out = torch.from_numpy(together[:, :1].reshape(*lead, 1, 1))
     trace.shares[node.name] = out.numpy().reshape(-1)
-    return out.expand(*lead, node.shape[-2] or 1, node.shape[-1] or 1)
+    return out.expand(*lead, operands[0].shape[-2], value.shape[-1])

@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 from dynprune.errors import CalibrationError, InputError, UnsupportedModelError
 from dynprune.pruning.evidence import input_moments
-from dynprune.pruning.patterns import Pattern, block_scores, n_of_m_mask, parse_pattern, threshold_mask
+from dynprune.pruning.patterns import Pattern, expand_blocks, n_of_m_mask, parse_pattern, reduce_blocks, threshold_mask
 from dynprune.pruning.recipe import copy_model
 from dynprune.pruning.schedule import shares
 from dynprune.pruning.selection import SCOPES
@@ -53,7 +53,8 @@ class SparsifyReport:
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
         rows = [f"{layer.name.ljust(width)}  {layer.weights:>10}  {layer.sparsity:7.2%}" for layer in self.layers]
-        return "\n".join([f"{'layer'.ljust(width)}  {'weights':>10}    zeros", *rows, f"{'all'.ljust(width)}  {'':>10}  {self.sparsity:7.2%}"])
+        header, total = f"{'layer'.ljust(width)}  {'weights':>10}    zeros", f"{'all'.ljust(width)}  {'':>10}  {self.sparsity:7.2%}"
+        return "\n".join([header, *rows, total])
 
 
 def sparsify(
@@ -141,9 +142,10 @@ def _check(sparsity: float | None, rule: Pattern, scope: str, criterion: str, fi
 
 
 def _layers(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Module]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+    found = {name: m for name, m in layers.items() if "weight" in m._parameters or torch_prune.is_pruned(m)}
     if not found:
-        raise UnsupportedModelError("The model has no convolution or linear layer, so there is nothing to sparsify.")
+        raise UnsupportedModelError("The model has no convolution or linear layer with a weight of its own, so nothing to sparsify.")
     chosen = choose_names(list(found), include, exclude, "convolution or linear layer")
     if not chosen:
         raise InputError("`include` and `exclude` leave no layer.")
@@ -169,12 +171,13 @@ def _masks(scores: dict[str, Tensor], rule: Pattern, sparsity: float, scope: str
     if rule.m:
         share = sparsity / rule.fixed_sparsity
         return {name: _partly(value, n_of_m_mask(value, rule), share) for name, value in scores.items()}
-    scores = {name: block_scores(value, rule.block) for name, value in scores.items()}
+    decisions = {name: reduce_blocks(value, rule.block) for name, value in scores.items()}
     if scope == "local":
-        return {name: threshold_mask(value, sparsity) for name, value in scores.items()}
-    everything = torch.cat([_protected(value.flatten(), floor) for value in scores.values()])
-    parts = threshold_mask(everything, sparsity).split([value.numel() for value in scores.values()])
-    return {name: part.view_as(value) for part, (name, value) in zip(parts, scores.items(), strict=True)}
+        chosen = [threshold_mask(value, sparsity) for value in decisions.values()]
+    else:
+        everything = torch.cat([_protected(value, floor) for value in decisions.values()])
+        chosen = threshold_mask(everything, sparsity).split([value.numel() for value in decisions.values()])
+    return {name: expand_blocks(part, scores[name].shape, rule.block) for name, part in zip(scores, chosen, strict=True)}
 
 
 def _protected(scores: Tensor, floor: float) -> Tensor:

@@ -11,7 +11,9 @@ from dynprune.runtime.lowering.sparse import describe
 from dynprune.runtime.plan import Plan, Step
 
 
-def explain(plan: Plan, sites: Sites, unhooked: Sequence[Ungated], gates: Mapping[str, Gate], costs: CostTable | None) -> str:
+def explain(
+    plan: Plan, sites: Sites, unhooked: Sequence[Ungated], gates: Mapping[str, Gate], costs: CostTable | None, level: float = 1.0
+) -> str:
     """Returns the table.
 
     Args:
@@ -20,6 +22,7 @@ def explain(plan: Plan, sites: Sites, unhooked: Sequence[Ungated], gates: Mappin
         unhooked: sites that hooks cannot gate.
         gates: by site name.
         costs: predicted times; None shows shares of multiply-adds only.
+        level: at which to say whether the gates depend on the input.
     """
     if costs is not None and not costs.fits(plan):
         costs = None
@@ -37,6 +40,9 @@ def explain(plan: Plan, sites: Sites, unhooked: Sequence[Ungated], gates: Mappin
         table = [["site", "kind", "groups", "MACs that can go"]]
         table += [[s.name, s.kind, str(s.num_groups), f"{100 * s.macs_share:.1f} %"] for s in sites.sites if s.name in kept]
         parts.append(_aligned(table))
+    dependence = _dependence([gates[site.name] for site in plan.sites], level)
+    if dependence:
+        parts.append(dependence)
     zeros = [(step.name, words) for step in plan.steps if (words := describe(step)) is not None]
     if zeros:
         parts.append("Sparse weights:\n" + "\n".join(f"  {name}: {words}" for name, words in zeros))
@@ -54,6 +60,23 @@ def _summary(plan: Plan, sites: Sites, gates: Mapping[str, Gate]) -> str:
         f"{len(plan.sites)} gates cost {100 * gate_macs / max(plan.macs, 1):.2f} % of them; "
         f"{4 * plan.arena_size / 2**20:.1f} MiB of activations per sample."
     )
+
+
+ALWAYS = 0.01
+"""A group that is active for all but this share of the inputs, or inactive for all but it, is called decided."""
+
+
+def _dependence(gates: Sequence[Gate], level: float) -> str:
+    """Returns how many gates choose by the input at a level, and what to do where none does; "" before a calibration."""
+    frequencies = [gate.frequency(level) for gate in gates]
+    if not frequencies or any(frequency is None for frequency in frequencies):
+        return ""
+    decided = [bool(((f <= ALWAYS) | (f >= 1 - ALWAYS)).all()) for f in frequencies]
+    line = f"At level {level:g}, {len(decided) - sum(decided)} of {len(decided)} gates choose by the input."
+    skips = any((f < 1 - ALWAYS).any() for f in frequencies)
+    if not all(decided) or not skips:
+        return line
+    return f"{line} The same groups are skipped for every input, so dm.freeze({level:g}) does the same without gates."
 
 
 def _gate_macs(step: Step, plan: Plan, gates: Mapping[str, Gate]) -> int:

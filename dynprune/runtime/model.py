@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from os import PathLike
@@ -361,7 +362,24 @@ class DynamicModel(nn.Module):
     def explain(self) -> str:
         """Returns a table of every step, where it runs, its site and cost, and of every place without a gate and why."""
         session = self._captured()
-        return explain(session.plan, session.sites, self._unhooked, self._gate_of, self.costs)
+        return explain(session.plan, session.sites, self._unhooked, self._gate_of, self.costs, level=self.level or 1.0)
+
+    def freeze(self, level: float, *, inputs: Iterable[Any] | None = None, min_frequency: float = 0.05) -> nn.Module:
+        """Returns the static network nearest to a level: a smaller plain copy of the model, without gates; see `pruning.freeze`.
+
+        Channels and branches go that are needed for less than `min_frequency` of the inputs. It exports to ONNX and `torch.export`.
+
+        Args:
+            level: in (0, 1].
+            inputs: batches to count over; default None takes what `calibrate` counted.
+            min_frequency: in (0, 1]; 0.5 comes nearest to the level's own cost, less is nearer to its accuracy.
+
+        Raises:
+            InputError: `level` or `min_frequency` is out of range.
+            CalibrationError: nothing was counted yet and there are no `inputs`.
+        """
+        later = importlib.import_module("dynprune.pruning.freeze")  # by name, as it stands after this module on a model's way
+        return later.freeze(self, level, inputs=inputs, min_frequency=min_frequency)
 
     def engine_for(self, *inputs: Any, **kwargs: Any) -> Engine:
         """Returns the engine that runs inputs of these shapes."""

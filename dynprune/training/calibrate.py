@@ -181,11 +181,17 @@ class _Calibration:
         references = [self._whole(chunk) for chunk in chunks]
         latencies_ms, fewer_threads = self._latencies_ms()
         shares, accuracies = [], []
+        kept: dict[str, list[Tensor]] = {site.name: [] for site in self.gated}
         for i in range(self.levels):
             self.report(0.8 + 0.2 * i / self.levels, f"measuring level {i} of {self.levels - 1}")
             results = [self.attachment.run(chunk.args, chunk.kwargs, level=self._level(i)) for chunk in chunks]
             shares.append({name: torch.cat([masks[name].mean(1) for _, masks in results]) for name in results[0][1]})
+            for name, frequency in kept.items():
+                masks = [masks[name] for _, masks in results if name in masks]
+                frequency.append(torch.cat(masks).mean(0) if masks else torch.ones(self.sites[name].num_groups))
             accuracies.append(self._accuracy(chunks, [output for output, _ in results], references))
+        for name, frequency in kept.items():
+            self.attachment.gate(name).record_frequency(torch.stack(frequency))
         batch = self.plan.fixed_batch or 1
         costs, skip_rates = fit_to_latencies(self.plan, table, shares, [ms / batch for ms in latencies_ms])
         points = [

@@ -42,7 +42,7 @@ def test_sparse_equals_pytorch(isa, name, zeros):
 @pytest.mark.parametrize("zeros", [scattered, alike], ids=["scattered", "alike"])
 @pytest.mark.parametrize("out_kind", [None, *LIST_KINDS], ids=lambda kind: f"out-{kind}")
 @pytest.mark.parametrize("in_kind", [None, *LIST_KINDS], ids=lambda kind: f"in-{kind}")
-@pytest.mark.parametrize("name", ["1x1", "3x3-14", "3x3-stride2", "deep-reduction"])
+@pytest.mark.parametrize("name", ["3x3-14", "deep-reduction"])
 def test_lists_equal_masked_pytorch(isa, name, in_kind, out_kind, zeros):
     ConvCase(SHAPES[name], 2, in_kind, out_kind, seed=5, zeros=zeros).check(isa)
 
@@ -94,6 +94,7 @@ def test_winograd_and_sparse_exclude_each_other(isa):
 
 def test_nan_of_a_skipped_input_stays_out(isa):
     """Columns that are zero are not multiplied: a NaN there is not read, unlike in a dense product."""
+
     def first_only(weight):
         weight[:, 1:] = 0
 

@@ -8,7 +8,13 @@ from dynprune.runtime.plan import Step
 
 BLOCK = 4
 """Rows side by side with the same zeros that the sparse kernel runs as one; kSparseMaxRows of csrc/kernels.h."""
-PAYS_FROM = {("direct", False): 0.65, ("direct", True): 0.4, ("winograd", False): 0.93, ("winograd", True): 0.8, ("linear", False): 0.65}
+PAYS_FROM = {
+    ("direct", False): 0.65,
+    ("direct", True): 0.4,
+    ("winograd", False): 0.9,
+    ("winograd", True): 0.82,
+    ("linear", False): 0.6,
+}
 """Shares of zeros from which a sparse step was faster (`bench/bench_sparse.py`, AVX-512), by what the dense step is and whether rows
 share their zeros. A dense Winograd convolution needs some three times fewer multiply-adds than a direct one."""
 LEAST_LINEAR_WEIGHTS = 2**19
