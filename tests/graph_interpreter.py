@@ -30,7 +30,8 @@ def run_graph(graph: Graph, inputs: list[torch.Tensor], sites: Sites | None = No
         if node.name in additions:
             site, rows = additions[node.name]
             if item.name in site.nodes:
-                value = value * torch.tensor([float(bool(r)) for r in rows]).reshape(-1, *[1] * (value.ndim - 1))
+                runs = torch.tensor([float(bool(r)) for r in rows]).repeat_interleave(value.shape[0] // len(rows))
+                value = value * runs.reshape(-1, *[1] * (value.ndim - 1))
         return value
 
     for node in graph.nodes:

@@ -224,21 +224,28 @@ class AttentionBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+class RootMeanSquare(nn.Module):
+    """Llama's norm, written out."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
+
+
 class RotaryBlock(nn.Module):
     """Llama's block: rotary embeddings, RMS norm, queries that share keys where `key_heads` is smaller, a gated MLP (fused or not)."""
 
     def __init__(self, channels: int = 16, heads: int = 4, key_heads: int = 4, fused: bool = False):
         super().__init__()
         self.heads, self.key_heads, self.size, self.fused = heads, key_heads, channels // heads, fused
-        self.scale1, self.scale2 = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.rand(channels) + 0.5)
+        self.norm1, self.norm2 = RootMeanSquare(channels), RootMeanSquare(channels)
         self.query, self.key = nn.Linear(channels, channels, bias=False), nn.Linear(channels, key_heads * self.size, bias=False)
         self.value, self.proj = nn.Linear(channels, key_heads * self.size, bias=False), nn.Linear(channels, channels, bias=False)
         self.up, self.down = nn.Linear(channels, 64 if fused else 32), nn.Linear(32, channels)
         self.gate = nn.Identity() if fused else nn.Linear(channels, 32)
-
-    @staticmethod
-    def norm(x: Tensor, scale: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * scale
 
     def rotate(self, x: Tensor) -> Tensor:
         angle = torch.arange(x.shape[2])[:, None] / 10.0 ** torch.arange(self.size // 2).repeat(2)
@@ -247,14 +254,14 @@ class RotaryBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, c = x.shape
-        y = self.norm(x, self.scale1)
+        y = self.norm1(x)
         q = self.rotate(self.query(y).view(b, t, self.heads, -1).transpose(1, 2))
         k, v = (layer(y).view(b, t, self.key_heads, -1).transpose(1, 2) for layer in (self.key, self.value))
         k = self.rotate(k)
         if self.heads != self.key_heads:
             k, v = (z[:, :, None].expand(-1, -1, self.heads // self.key_heads, -1, -1).reshape(b, self.heads, t, -1) for z in (k, v))
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, c))
-        y = self.norm(x, self.scale2)
+        y = self.norm2(x)
         up, gate = self.up(y).chunk(2, -1) if self.fused else (self.up(y), self.gate(y))
         return x + self.down(F.silu(gate) * up)
 
@@ -375,7 +382,7 @@ _BUILDERS = {
     "gpt": lambda: nn.Sequential(GPTBlock(), GPTBlock(), nn.Linear(16, 10)),
     "windows": lambda: nn.Sequential(WindowBlock(), WindowBlock(whole=True), nn.Linear(16, 10)),
     "flat_tokens": lambda: nn.Sequential(FlatTokens(), nn.Linear(16, 10)),
-    "pair": lambda: nn.Sequential(PairAttention(), nn.Linear(16, 10)),
+    "pair": lambda: nn.Sequential(PairAttention(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10)),
     "channel_shuffle": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), Shuffle(), nn.Conv2d(16, 8, 1), Head(8)),
 }
 TOKENS = ("attention", "rotary", "grouped_queries", "gpt", "flat_tokens", "pair")

@@ -118,6 +118,7 @@ def test_plan_with_active_lists_equals_the_masked_graph(name, kind):
 def check_pooled(site, pooled, values, active, by_name):
     """A gate reads the means of its input's channels; those of a gated input that do not run count as zero."""
     value = values[site.gate_input]
+    value = value if len(value) == len(pooled) else value.unflatten(0, (len(pooled), -1))
     dim = next(d for d in (1, value.ndim - 1) if value.shape[d] == site.gate_channels)
     if value.shape[1] == value.shape[-1]:
         dim = 1 if value.ndim == 4 else value.ndim - 1

@@ -220,7 +220,7 @@ def test_batch_of_the_example_does_not_change_macs():
         ("basic", "3.fc", "output of the model"),
         ("fire", "1.expand1x1", "concatenated"),
         ("convnext", "0", "normalises over its channels"),
-        ("grouped_queries", "key", "may mix its channels"),
+        ("grouped_queries", "0.key", "may mix its channels"),
         ("channel_shuffle", "0", "splits, merges or moves"),
         ("functional", "conv2d", "functional conv2d"),
         ("shared", "again", "more than once"),
