@@ -1,4 +1,4 @@
-"""Counts the coverage list and writes docs/models.md: `python tests/coverage/report.py [--jobs N] [PATTERN ...]`.
+"""Counts the coverage list and writes docs/models.md: `python tests/coverage/report.py [--jobs N] [--resume FILE] [PATTERN ...]`.
 
 A pattern is one of the name of an architecture, or the library it comes from; with patterns the results are only printed.
 """
@@ -6,6 +6,7 @@ A pattern is one of the name of an architecture, or the library it comes from; w
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
@@ -71,6 +72,11 @@ def page_of(results: list[Coverage]) -> str:
     return "\n".join(text) + "\n"
 
 
+def read_results(path: Path | None) -> dict[str, Coverage]:
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return {result.name: result for result in (Coverage(**json.loads(line)) for line in lines)}
+
+
 def survey_by_name(name: str) -> Coverage:
     architecture = next(one for one in ARCHITECTURES if one.name == name)
     try:
@@ -84,16 +90,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Counts the coverage list and writes docs/models.md.")
     parser.add_argument("patterns", nargs="*", help="names of architectures, or the library they come from; the page is then not written")
     parser.add_argument("--jobs", type=int, default=1, help="processes; default 1")
+    parser.add_argument("--resume", type=Path, help="file of results, one JSON line each; what it holds is not run again")
     options = parser.parse_args()
     patterns = options.patterns
     chosen = [a for a in ARCHITECTURES if not patterns or any(fnmatch(a.name, p) or a.source == p for p in patterns)]
+    known = read_results(options.resume)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
-        results = []
-        for result in pool.map(survey_by_name, [architecture.name for architecture in chosen]):
-            results.append(result)
+        missing = [architecture.name for architecture in chosen if architecture.name not in known]
+        for result in pool.map(survey_by_name, missing):
+            known[result.name] = result
             print("" if result.is_equal else "UNEQUAL ", line_of(result), sep="", flush=True)
+            if options.resume is not None:
+                with options.resume.open("a") as file:
+                    file.write(json.dumps(result.as_dict()) + "\n")
     if not patterns:
-        PAGE.write_text(page_of(results))
+        PAGE.write_text(page_of([known[architecture.name] for architecture in chosen]))
 
 
 if __name__ == "__main__":
