@@ -16,8 +16,8 @@
 namespace dynprune {
 namespace {
 
-// Length of a block of the reduction: a panel of 512 x 64 floats fits a second-level cache several times.
-constexpr int64_t kBlock = 512;
+// Length of a block of the reduction: a panel of 384 x 64 floats fits a second-level cache several times.
+constexpr int64_t kBlock = 384;
 
 class ConvOp final : public Op, public Compensated {
  public:
@@ -40,7 +40,7 @@ class ConvOp final : public Op, public Compensated {
     }
     bias_ = reader.constant("bias", {shape_.out_channels});
     activation_ = reader.activation();
-    tiles_ = make_tiles(shape_.positions(), kernels.lanes, kernels.gemm_vectors, sparse_ ? 0 : kernels.gemm_max_tail);
+    tiles_ = make_conv_tiles(shape_, kernels, sparse_ ? 0 : kernels.gemm_max_tail);
     patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_);
     grid_ = make_chunk_grid(shape_, tiles_, patches_.cycles_per_k, num_threads);
     for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) {
@@ -56,7 +56,7 @@ class ConvOp final : public Op, public Compensated {
   int64_t chunks_per_sample() const override { return grid_.position_parts * grid_.row_parts; }
 
   int64_t scratch_floats() const override {
-    const int64_t panel = sparse_ ? sparse_->max_block() * kernels_.gemm_max_vectors : kBlock * (kernels_.gemm_vectors + 1);
+    const int64_t panel = sparse_ ? sparse_->max_block() * kernels_.gemm_max_vectors : kBlock * (kernels_.gemm_max_vectors + 1);
     return panel_offset() + panel * kernels_.lanes;
   }
 
@@ -213,15 +213,20 @@ class ConvOp final : public Op, public Compensated {
         product.panel_stride = patches.stride;
         product.width = tile.vectors * kernels_.lanes;
         product.tail = chunk.packed ? tile.tail : 0;
-        kernels_.gather_gemm(product);
-        product.out += product.width;
-        if (tile.tail == 0) continue;
-        if (!chunk.packed) {
-          product.panel += product.width;
-          product.width = kernels_.lanes;
-          kernels_.gather_gemm(product);
+        int64_t rest = chunk.packed ? 0 : tile.packed_vectors() - tile.vectors;  // vectors still to come
+        if (tile.packed_vectors() <= kernels_.gemm_max_vectors) {
+          product.width += rest * kernels_.lanes;
+          rest = 0;
         }
-        product.out += kernels_.lanes;
+        kernels_.gather_gemm(product);
+        if (rest > 0) {
+          product.panel += product.width;
+          product.out += product.width;
+          product.width = rest * kernels_.lanes;
+          kernels_.gather_gemm(product);
+          product.out -= tile.vectors * kernels_.lanes;
+        }
+        product.out += tile.packed_vectors() * kernels_.lanes;
       }
     }
   }

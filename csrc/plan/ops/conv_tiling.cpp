@@ -48,6 +48,13 @@ std::vector<PositionTile> make_tiles(int64_t positions, int lanes, int max_vecto
   return tiles;
 }
 
+std::vector<PositionTile> make_conv_tiles(const ConvShape& shape, const KernelTable& kernels, int max_tail) {
+  // Larger planes do not stay in a second-level cache: the more of a row is packed at a time, the better it comes from beyond.
+  constexpr int64_t kNearPositions = 1024;
+  const int vectors = shape.positions() <= kNearPositions ? kernels.gemm_vectors : kernels.gemm_max_vectors;
+  return make_tiles(shape.positions(), kernels.lanes, vectors, max_tail);
+}
+
 namespace {
 
 void add_segments(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes, PatchMap& map) {
@@ -168,7 +175,7 @@ PatchMap make_patch_map(const ConvShape& shape, const std::vector<PositionTile>&
     map.packing = Packing::kDirect;
     return map;
   }
-  if (stride_1 && shape.taps() > 1 && shape.in_width == shape.out_width && lanes <= 32) {
+  if (stride_1 && shape.in_width == shape.out_width && lanes <= 32) {
     map.packing = Packing::kShifted;
     add_shifts(shape, tiles, lanes, map);
     map.cycles_per_k = 2.5 * static_cast<double>(map.masks.size()) / rows;

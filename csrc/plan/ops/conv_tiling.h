@@ -43,6 +43,9 @@ struct PositionTile {
 // becomes the tail of the last tile where it is `max_tail` positions or less.
 std::vector<PositionTile> make_tiles(int64_t positions, int lanes, int max_vectors, int max_tail);
 
+// The tiles of a convolution run directly.
+std::vector<PositionTile> make_conv_tiles(const ConvShape& shape, const KernelTable& kernels, int max_tail);
+
 // How patches come to the product.
 enum class Packing {
   kDirect,    // 1x1 over small planes: the planes themselves are the panel

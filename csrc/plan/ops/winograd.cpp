@@ -94,7 +94,7 @@ Group make_group(const ConvShape& shape, int64_t tile, int64_t units_per_row, Ra
 // the weights of a model do not stay in a cache. With one vector of tiles each broadcast serves one multiply-add only: 0.7 of the rate.
 double direct_cost(const ConvShape& shape, const KernelTable& kernels) {
   const auto weights = static_cast<double>(shape.out_channels * shape.in_channels * 9);
-  const auto tiles = make_tiles(shape.positions(), kernels.lanes, kernels.gemm_vectors, kernels.gemm_max_tail);
+  const auto tiles = make_conv_tiles(shape, kernels, kernels.gemm_max_tail);
   const double tail = static_cast<double>(tiles.back().tail) / kernels.lanes;
   double vectors = tail;
   for (const PositionTile& tile : tiles) vectors += static_cast<double>(tile.vectors);
