@@ -35,7 +35,10 @@ def mark_fused(
     for i, step in enumerate(steps):
         if step.op != "depthwise":
             continue
-        first = i - 1 if i > 0 and i - 1 not in until and _is_pointwise(steps[i - 1]) and hands_on(steps[i - 1], step) else i
+        before = steps[i - 1] if i > 0 and i - 1 not in until else None
+        # An expansion of gated channels stays a step of its own, which knows how to compensate those that do not run.
+        expands = before is not None and before.in_site < 0 and _is_pointwise(before) and hands_on(before, step)
+        first = i - 1 if expands else i
         last = i + 1 if i + 1 < len(steps) and _is_pointwise(steps[i + 1]) and hands_on(step, steps[i + 1]) else i
         if first < last:
             steps[last].ints["fused"] = [last - first]
