@@ -144,7 +144,7 @@ class DynamicModel(nn.Module):
         A call that holds more than tensors and plain values (a cache that the model writes to), or that torch.export cannot capture,
         runs in PyTorch with the same gates, except for parts that have one token per sample: they run on the engine.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return compiled_call(self, args, kwargs, deadline)
         began_ns = time.monotonic_ns()
         due_ns = _FAR_NS if deadline is None else _due_ns(deadline)
