@@ -98,7 +98,9 @@ def _classes_of(site: Site, frequency: Tensor, min_frequency: float, anatomy: An
 
 
 def _classes(site: Site, anatomy: Anatomy) -> np.ndarray:
-    ids = anatomy.trace.atoms.slices[f"{site.producers[0]}.weight", 0]
+    """Returns the class of each of a site's channels; -1 for one that has to stay."""
+    rows = site.first_rows[0][0] + np.arange(site.num_channels)
+    ids = anatomy.trace.atoms.slices[f"{site.producers[0]}.weight", int(site.transposed[0])][rows]
     pinned = anatomy.trace.atoms.pin_reasons()
     classes = np.where(ids < 0, -1, anatomy.classes[ids])
     return np.array([-1 if atom in pinned else atom for atom in classes.tolist()])
@@ -138,8 +140,9 @@ def _fold_means(dm: DynamicModel, site: Site, anatomy: Anatomy, removed: set[int
             continue
         target = frozen.get_submodule(consumer.module_path)
         means = gate.channel_means[index].to(module.weight.device).double() * inactive.to(module.weight.device)
-        added = compensation_matrix(module.weight.detach().double(), means, getattr(module, "groups", 1)).sum(1)
-        rows = recipe.kept.get(f"{consumer.module_path}.weight", {}).get(0)
+        weight = module.weight.detach().double()
+        added = compensation_matrix(weight.t() if consumer.transposed else weight, means, getattr(module, "groups", 1)).sum(1)
+        rows = recipe.kept.get(f"{consumer.module_path}.weight", {}).get(int(consumer.transposed))
         add_bias_(target)
         with torch.no_grad():
             target.bias += (added if rows is None else added[rows]).to(target.bias)

@@ -210,6 +210,10 @@ def fit_sizes_(module: nn.Module) -> None:
     elif isinstance(module, _NormBase):
         sized = next((t for t in (weight, module.running_mean) if t is not None), None)
         module.num_features = module.num_features if sized is None else len(sized)
+    elif isinstance(getattr(module, "nf", None), int) and weight is not None and weight.dim() == 2:
+        module.nf = weight.shape[1]  # transformers' Conv1D, a linear layer with a weight (in, out)
+        if isinstance(getattr(module, "nx", None), int):
+            module.nx = weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
 

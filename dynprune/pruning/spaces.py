@@ -13,7 +13,7 @@ from dynprune.errors import InputError
 from dynprune.graph.capture import Graph
 from dynprune.graph.channels import MIXING
 from dynprune.graph.macs import count_macs
-from dynprune.pruning.trace import Trace
+from dynprune.pruning.trace import Trace, parameter_of
 
 KINDS = ("channels", "neurons", "heads", "coupled", "branches")
 """What can be pruned: inner channels of convolutions, hidden neurons of linear layers, attention heads, channels tied through residual
@@ -112,7 +112,7 @@ class Anatomy:
             weight = node.arguments.get("weight") if node.op not in ("matmul", "bmm", "mm", "baddbmm", "addmm") else None
             if weight is not None and node.name in self.trace.shares:
                 dim = 0 if node.op.startswith("conv_transpose") else 1
-                columns = self.trace.atoms.slices.get((weight.parameter_name, dim))
+                columns = self.trace.atoms.slices.get(parameter_of(weight, dim))
                 vectors += [] if columns is None else [columns]
             factors[node.name] = [[-1 if atom < 0 else int(self.classes[atom]) for atom in ids] for ids in vectors]
         return factors
@@ -174,8 +174,8 @@ class Anatomy:
                 continue
             rows = 1 if node.op.startswith("conv_transpose") else 0
             depthwise = node.arguments.get("groups", 1) > 1 and weight.shape[1] == 1
-            roles[weight.parameter_name, rows] = (True, False)
-            roles[weight.parameter_name, 1 - rows] = (False, not depthwise)
+            roles[parameter_of(weight, rows)] = (True, False)
+            roles[parameter_of(weight, 1 - rows)] = (False, not depthwise)
         return roles
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dynprune.errors import InputError, UnsupportedModelError
 from dynprune.graph.capture import capture
+from dynprune.graph.macs import count_macs
 from dynprune.pruning.criteria import CRITERIA, Criterion, first_order, score_space
 from dynprune.pruning.evidence import Evidence, Loss
 from dynprune.pruning.latency import RUNTIMES, measure_ms
@@ -120,7 +121,7 @@ def prune(
         params_before=_parameters(model),
         params_after=_parameters(small),
         macs_before=first.macs(1.0),
-        macs_after=sum(Anatomy(capture(small, *call), coupled=False).macs.values()),
+        macs_after=sum(count_macs(capture(small, *call)).values()),
         recipe=recipe,
         ms_before=ms_before,
         ms_after=measure_ms(small, *call, runtime=runtime) if times_wanted else None,

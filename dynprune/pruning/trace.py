@@ -89,9 +89,9 @@ class Trace:
         if node.shape is None:
             return None
         if None not in node.shape:
-            return torch.full((1,), NONE).expand(self._sizes(node))
+            return torch.full((), NONE).expand(self._sizes(node))
         like = next((self.ids(value) for value in node.inputs if value.shape == node.shape and self.ids(value) is not None), None)
-        return None if like is None else torch.full((1,), NONE).expand(like.shape)
+        return None if like is None else torch.full((), NONE).expand(like.shape)
 
     def _pin_value(self, node: Node, reason: str) -> None:
         for leaf in pytree.tree_leaves(self._values.get(node)):
@@ -100,14 +100,18 @@ class Trace:
 
     def _value(self, node: Node) -> Any:
         if node.op == "input" or (not node.varies and node.shape is not None):
-            self._pin_parameters(node)
+            if node.op != "t":  # what reads the transposed parameter says which of its entries go
+                self._pin_parameters(node)
             return self._unknown(node)
         if node.op.startswith("sym_") or (node.shape is None and not any(self.ids(value) is not None for value in node.inputs)):
             return self._computed(node)
         if any(self._lost(value) for value in node.inputs):
             return self._stop(node, f"'{node.name}' ({node.op}) has sizes that depend on the batch")
         rule = _RULES.get(node.op)
-        value = rule(self, node) if rule is not None else NotImplemented
+        try:
+            value = rule(self, node) if rule is not None else NotImplemented
+        except (RuntimeError, TypeError, IndexError):  # arguments of a form that the rule does not know
+            value = NotImplemented
         return self._stop(node, _why(node)) if value is NotImplemented else value
 
     def _lost(self, value: Node) -> bool:
@@ -130,18 +134,26 @@ class Trace:
 
     def _pin_parameters(self, node: Node) -> None:
         for value in node.inputs:
-            if value.op == "constant" and value.parameter_name:
-                for dim, size in enumerate(value.shape):
-                    self.atoms.own(value.parameter_name, dim, np.full(size, NONE))
+            name, _ = parameter_of(value, 0)
+            for dim, size in enumerate(value.shape if name else ()):
+                self.atoms.own(*parameter_of(value, dim), np.full(size, NONE))
 
     def own(self, constant: Node | None, dim: int, ids: np.ndarray) -> None:
         """Notes that a parameter's entries go with ids; where the operand is computed, or has no name, the ids stay."""
         if constant is None:
             return
-        if constant.op == "constant" and constant.parameter_name:
-            self.atoms.own(constant.parameter_name, dim, ids)
+        name, dim = parameter_of(constant, dim)
+        if name:
+            self.atoms.own(name, dim, ids)
         else:
             self.atoms.pin(ids, f"'{constant.name}' is computed from parameters")
+
+
+def parameter_of(operand: Node, dim: int) -> tuple[str, int]:
+    """Returns the name of the parameter that an operand is, or is the transpose of, and which of its dimensions `dim` is; or ""."""
+    if operand.op == "t" and not operand.varies:
+        return operand.args[0].parameter_name, 1 - dim
+    return (operand.parameter_name if operand.op == "constant" else ""), dim
 
 
 def _distinct(ids: Tensor) -> np.ndarray:

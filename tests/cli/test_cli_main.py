@@ -21,7 +21,7 @@ REFUSED_WORDS = {
     "keep not a number": (["bench", "x.py:make", "--keep", "half"], "expected a number above 0, got 'half'"),
     "no threads": (["bench", "x.py:make", "--threads", "0"], "expected an integer of at least 1, got '0'"),
     "bad shape": (["explain", "x.py:make", "--shape", "3,-1,8"], "expected an integer of at least 1, got '-1'"),
-    "unknown verb": (["prune"], "invalid choice: 'prune'"),
+    "unknown verb": (["shrink"], "invalid choice: 'shrink'"),
 }
 
 

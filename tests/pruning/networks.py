@@ -47,6 +47,19 @@ class PlainAttention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).reshape(b, t, -1))
 
 
+class Transposed(nn.Module):
+    """A layer with a weight (in, out), as transformers' GPT-2 has, that keeps its width and adds a tensor without dimensions."""
+
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / 4), nn.Parameter(torch.randn(nf))
+        self.shift = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf) + self.shift
+
+
 class ShuffleUnit(nn.Module):
     """Splits its channels, works on a half, concatenates and shuffles (ShuffleNetV2)."""
 

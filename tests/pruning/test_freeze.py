@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_close
 from models import build
-from networks import run_onnx
+from networks import HeadsBlock, run_onnx
 from torch import nn
 
 from dynprune import DynamicModel, calibrate
@@ -47,6 +47,22 @@ def test_frozen_equals_the_gated_model_at_the_same_lists(calibrated, min_frequen
         assert_close(frozen(X[:4]), want, factor=10)
     before = sum(p.numel() for p in calibrated.model.parameters())
     assert sum(p.numel() for p in frozen.parameters()) <= before + sum(m.out_channels for m in convs(frozen))
+
+
+def test_heads_and_neurons_are_frozen():
+    torch.manual_seed(1)
+    x = torch.randn(24, 6, 16)
+    dm = DynamicModel(nn.Sequential(HeadsBlock(), HeadsBlock(), nn.Linear(16, 4)).eval(), x[:1]).eval()
+    calibrate(dm, x.split(8), levels=3)
+    kept = kept_lists(dm, 0.5)
+    branches = [site.name for site in dm.sites if site.kind == "branch"]
+    for name in branches:  # a branch stays, so that what is inside it is looked at too
+        dm.gate(name).record_frequency(torch.ones(3, 1))
+    kept |= {name: [0] for name in branches}
+    frozen = dm.freeze(LEVEL, min_frequency=0.5)
+    with torch.no_grad():
+        want = dm.run_with_active(x[:4], active={name: [chosen] * 4 for name, chosen in kept.items()})
+        assert_close(frozen(x[:4]), want, factor=10)
 
 
 def convs(model: nn.Module) -> list[nn.Conv2d]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_close
 from models import GATED, build, example
-from networks import HeadsBlock, PlainAttention, ShuffleUnit, quick, run_onnx, two_layers
+from networks import HeadsBlock, PlainAttention, ShuffleUnit, Transposed, quick, run_onnx, two_layers
 from torch import nn
 from torch.nn import functional as F
 
@@ -149,6 +149,17 @@ def test_heads_are_cut_whole(block, criterion):
     rows = report.recipe.kept["qkv.weight" if block is HeadsBlock else "q.weight"][0]
     assert all(set(rows[i : i + 4]) == set(range(rows[i], rows[i] + 4)) and rows[i] % 4 == 0 for i in range(0, len(rows), 4))
     assert small(x).shape == x.shape
+
+
+def test_transposed_weights_and_tensors_without_dimensions():
+    model, x = nn.Sequential(Transposed(24, 8), nn.GELU(), Transposed(8, 24)).eval(), torch.randn(2, 5, 8)
+    small, report = quick(model, x, keep_ratio=0.5)
+    assert [(c.kind, c.after) for c in report.cuts] == [("neurons", 12)]
+    assert small[0].nf == small[2].nx == 12 and small[0].weight.shape == (8, 12)
+    rows = report.recipe.kept["0.weight"][1]
+    with torch.no_grad():
+        want = model[2].bias + F.gelu(model[0](x))[..., rows] @ model[2].weight[rows] + model[2].shift
+        assert_close(small(x), want)
 
 
 def test_attention_that_needs_all_its_heads_is_refused():

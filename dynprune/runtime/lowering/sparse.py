@@ -13,7 +13,7 @@ PAYS_FROM = {
     ("direct", True): 0.4,
     ("winograd", False): 0.9,
     ("winograd", True): 0.82,
-    ("linear", False): 0.6,
+    ("linear", False): 0.65,
 }
 """Shares of zeros from which a sparse step was faster (`bench/bench_sparse.py`, AVX-512), by what the dense step is and whether rows
 share their zeros. A dense Winograd convolution needs some three times fewer multiply-adds than a direct one."""
