@@ -87,7 +87,7 @@ def masked_output(
         gone = np.array([int(atom) in removed for atom in space.atoms])
         for part in space.consumers if gone.any() else ():
             module = model.get_submodule(part.module_path)
-            if not isinstance(module, _ConvNd | nn.Linear) or part.tensor.rpartition(".")[2] != "weight":
+            if part.tensor.rpartition(".")[2] != "weight" or not (isinstance(module, _ConvNd) or module.weight.dim() == 2):
                 return None
             entries = (part.classes >= 0) & gone[part.classes]
             repeats = 1 if isinstance(module, _ConvTransposeNd) else getattr(module, "groups", 1)
