@@ -205,8 +205,12 @@ bool reads_less_rows_first(const ConvShape& shape, const ChunkGrid& grid) {
   const auto inputs = static_cast<double>(shape.in_channels * shape.in_positions());
   const auto row_parts = static_cast<double>(grid.row_parts);
   const auto position_parts = static_cast<double>(grid.position_parts);
-  const double positions_first = inputs * (inputs > kNearFloats ? row_parts : 1) + weights / 2 * (weights / row_parts > kNearFloats ? position_parts : 1);
-  const double rows_first = weights / 2 * (weights > kNearFloats ? position_parts : 1) + inputs * (inputs / position_parts > kNearFloats ? row_parts : 1);
+  const double inputs_again = inputs > kNearFloats ? row_parts : 1;
+  const double inputs_again_rows_first = inputs / position_parts > kNearFloats ? row_parts : 1;
+  const double weights_again = weights / row_parts > kNearFloats ? position_parts : 1;
+  const double weights_again_rows_first = weights > kNearFloats ? position_parts : 1;
+  const double positions_first = inputs * inputs_again + weights / 2 * weights_again;
+  const double rows_first = inputs * inputs_again_rows_first + weights / 2 * weights_again_rows_first;
   return rows_first < positions_first;
 }
 
@@ -232,7 +236,8 @@ ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile
   for (const PositionTile& tile : tiles) vectors += tile.vectors;
   wanted = std::max(wanted, (shape.out_channels * vectors + kMaxResultVectors - 1) / kMaxResultVectors);
   ChunkGrid grid{std::min(num_tiles, wanted), 1, false};
-  const double rows_worth = std::max(kMinRows, pack_cycles_per_k * static_cast<double>(num_tiles) / (kPackShare * static_cast<double>(vectors)));
+  const double pack_cycles = pack_cycles_per_k * static_cast<double>(num_tiles) / static_cast<double>(vectors);
+  const double rows_worth = std::max(kMinRows, pack_cycles / kPackShare);
   auto max_row_parts = static_cast<int64_t>(static_cast<double>(shape.out_channels) / rows_worth);
   if (shared) max_row_parts = std::max(max_row_parts, (2 * num_threads + grid.position_parts - 1) / grid.position_parts);
   max_row_parts = std::clamp<int64_t>(max_row_parts, 1, shape.out_channels);
