@@ -31,7 +31,7 @@ def batches(count: int = 3, labels: bool = False):
     return [(x, torch.randint(10, (8,), generator=generator)) for x in made] if labels else made
 
 
-HEADS_IN_THE_FORWARD = ("windows", "pair")
+HEADS_IN_THE_FORWARD = ("windows",)
 """Networks with nothing to cut but heads, whose forward needs all of them."""
 
 
