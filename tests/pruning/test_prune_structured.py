@@ -31,8 +31,18 @@ def batches(count: int = 3, labels: bool = False):
     return [(x, torch.randint(10, (8,), generator=generator)) for x in made] if labels else made
 
 
+HEADS_IN_THE_FORWARD = ("windows",)
+"""Networks with nothing to cut but heads, whose forward needs all of them."""
+
+
+@pytest.mark.parametrize("name", HEADS_IN_THE_FORWARD)
+def test_networks_of_fixed_heads_are_refused(name):
+    with pytest.raises(UnsupportedModelError, match="its forward does not take fewer channels"):
+        quick(build(name), example(name), keep_ratio=0.5)
+
+
 @pytest.mark.parametrize("coupled", [False, True], ids=["inner", "coupled"])
-@pytest.mark.parametrize("name", sorted(set(GATED) - {"windows"}))
+@pytest.mark.parametrize("name", [name for name in GATED if name not in HEADS_IN_THE_FORWARD])
 def test_smaller_model_equals_the_masked_original(name, coupled):
     model, inputs = build(name), example(name, batch=2)
     before = copy.deepcopy(model.state_dict())
@@ -45,19 +55,18 @@ def test_smaller_model_equals_the_masked_original(name, coupled):
         if part.tensor in kept:
             gone = {int(c) for i, c in enumerate(part.classes) if c >= 0 and i not in kept[part.tensor]}
             removed |= {int(space.atoms[c]) for c in gone}
+    want = masked_output(model, anatomy.spaces, removed, [], inputs, {})
     with torch.no_grad():
-        assert_close(small(*inputs), masked_output(model, anatomy.spaces, removed, [], inputs, {}), factor=10)
+        got = small(*inputs)
+    assert want is not None or name == "gpt", "only a weight (in, out) has no module that can be masked"
+    if want is not None:
+        assert_close(got, want, factor=10)
     assert report.params_after < report.params_before
     assert report.macs_after == anatomy.macs_after(removed) < report.macs_before
     assert report.params_after == sum(p.numel() for p in small.parameters())
     assert make_recipe(anatomy, removed, [], model).kept == report.recipe.kept
     for key, value in before.items():
         assert torch.equal(model.state_dict()[key], value), f"{key} of the user's model changed"
-
-
-def test_a_model_whose_forward_fixes_its_channels_is_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match="its forward does not take fewer channels"):
-        quick(build("windows"), example("windows"), keep_ratio=0.5)
 
 
 @pytest.mark.parametrize("name", ["basic", "grouped", "vgg"])
