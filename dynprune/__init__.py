@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dynprune.pruning.unstructured import sparsify
     from dynprune.runtime.model import DynamicModel
     from dynprune.training.calibrate import calibrate
+    from dynprune.training.finetune import finetune
 
 _MODULE_OF = {
     "CalibrationError": "dynprune.errors",
@@ -34,6 +35,7 @@ _MODULE_OF = {
     "ResourceMonitor": "dynprune.control.monitor",
     "UnsupportedModelError": "dynprune.errors",
     "calibrate": "dynprune.training.calibrate",
+    "finetune": "dynprune.training.finetune",
     "load_pruned": "dynprune.pruning.recipe",
     "prune": "dynprune.pruning.structured",
     "reestimate_batch_norm": "dynprune.pruning.batch_norm",
@@ -54,6 +56,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "finetune",
     "load_pruned",
     "prune",
     "reestimate_batch_norm",

@@ -20,6 +20,10 @@ class CalibrationError(DynpruneError, ValueError):
     """Calibration data is missing, empty or not finite, or a call needs a calibrated model."""
 
 
+class TrainingError(DynpruneError, RuntimeError):
+    """Training cannot go on, for example because the loss is not finite; the last good weights are kept."""
+
+
 class PlanError(DynpruneError, RuntimeError):
     """A plan cannot be built or run, for example because its memory would not fit."""
 

@@ -60,7 +60,7 @@ class Attachment:
         return self.gates[gate_key(site_name)]
 
     def run(
-        self, args: tuple, kwargs: dict[str, Any] | None = None, *, level: float, active: Active | None = None
+        self, args: tuple, kwargs: dict[str, Any] | None = None, *, level: float | Tensor, active: Active | None = None
     ) -> tuple[Any, dict[str, Tensor]]:
         """Returns the model's output and the masks: site name to a 0-1 tensor (N, num_groups).
 
@@ -68,13 +68,13 @@ class Attachment:
 
         Args:
             args, kwargs: of the model's call.
-            level: 0 runs everything; then there are no masks.
+            level: 0 runs everything; then there are no masks. A tensor (N,) holds one level per sample.
             active: choices that replace the gates'; no gate is evaluated, and sites not named run whole and have no mask.
 
         Raises:
             InputError: `active` names an unknown site, or its lists do not fit the site or the batch.
         """
-        if active is None and level <= 0:
+        if active is None and not isinstance(level, Tensor) and level <= 0:
             return self.model(*args, **(kwargs or {})), {}
         if active is not None:
             check_site_names(self.sites, active)
@@ -85,8 +85,9 @@ class Attachment:
         """Returns the model's output of a call in which `visitor` acts at every site; see `Hooks.visit`."""
         return self._hooks.visit(visitor, args, kwargs)
 
-    def _gated(self, level: float) -> Choice:
-        return lambda site, x, channel_dim: self.gate(site.name).mask(pool(x, channel_dim), level)
+    def _gated(self, level: float | Tensor) -> Choice:
+        # Detached: the gates learn to read the model, which does not bend for them; it also saves a third of what gates add to a step.
+        return lambda site, x, channel_dim: self.gate(site.name).mask(pool(x.detach(), channel_dim), level)
 
 
 class Masking(Visitor):

@@ -88,19 +88,37 @@ class Gate(nn.Module):
             raise InputError(f"`keep_frequency` must have shape (levels >= 2, {self.num_groups}), got {tuple(keep_frequency.shape)}.")
         self.keep_frequency = keep_frequency.detach().to(self.bias)
 
-    def mask(self, pooled: Tensor, level: float) -> Tensor:
+    def thresholds(self, levels: Tensor) -> Tensor:
+        """Returns `threshold` of each of `levels` (N,), f32 (N,); levels above 1 count as 1."""
+        position = levels.to(self.curve).clamp(0, 1) * (len(self.curve) - 1)
+        index = position.long().clamp_max(len(self.curve) - 2)
+        low, high = self.curve[index], self.curve[index + 1]
+        return torch.where(levels > 0, low + (position - index) * (high - low), float("-inf"))
+
+    def mask(self, pooled: Tensor, level: float | Tensor) -> Tensor:
         """Returns a 0-1 tensor (N, num_groups), f32: 1 where a group is active.
 
         In training mode the values are the same 0 and 1 and the gradient is that of sigmoid((score - threshold) / temperature): the
         straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432).
+
+        Args:
+            pooled: (N, in_channels).
+            level: of all samples, or one for each (N,).
         """
-        threshold = self.threshold(level)
         score = self.score(pooled)
+        threshold = self.thresholds(level)[:, None] if isinstance(level, Tensor) else self.threshold(level)
         hard = (score > threshold).to(score.dtype)
-        if not self.training or threshold == float("-inf"):
+        if not self.training:
             return hard
         soft = torch.sigmoid((score - threshold) / self.temperature)
         return hard + (soft - soft.detach())
+
+    @torch.no_grad()
+    def rescale_(self, factor: float) -> None:
+        """Multiplies scores and thresholds by `factor` > 0, so that the same groups are active."""
+        self.up.mul_(factor)
+        self.bias.mul_(factor)
+        self.curve.mul_(factor)
 
     def set_curve(self, curve: Tensor) -> None:
         """Replaces the thresholds by `curve` (levels,), made non-decreasing by a running maximum."""

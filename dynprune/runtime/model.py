@@ -63,6 +63,10 @@ class DynamicModel(nn.Module):
         exact: leave out Winograd's algorithm, which makes 3x3 convolutions two to three times faster, rounds them a few times more
             coarsely (within 1e-5 of the largest output) and spreads a NaN in the input over its tile of 6x6.
 
+    Attributes:
+        training_levels: in training mode the level of each sample (N,) of the next calls; default None: `level` for all.
+        masks: of the last call in training mode, site name to a 0-1 tensor (N, num_groups) that carries the gates' gradients.
+
     Raises:
         InputError: the model does not take `example_inputs`, or a pattern or group size does not fit.
         UnsupportedModelError: torch.export cannot capture the model.
@@ -98,6 +102,8 @@ class DynamicModel(nn.Module):
         self.frontier: Frontier | None = None
         self.costs: CostTable | None = None
         self.attachment: Attachment | None = None
+        self.training_levels: Tensor | None = None
+        self.masks: dict[str, Tensor] = {}
         self._level = 0.0
         self._controller: LatencyController | None = None
         self._deadlines: LatencyController | None = None
@@ -163,7 +169,10 @@ class DynamicModel(nn.Module):
             controller = self._deadline_controller()
         level = self._next_level(controller, session.batch_of(inputs), (due_ns - began_ns) * 1e-6)
         if not self._runs_on_engine(inputs):
-            result, _ = self.attachment.run(args, kwargs, level=level)
+            if self.training and self.training_levels is not None:
+                level = self.training_levels
+            result, masks = self.attachment.run(args, kwargs, level=level)
+            self.masks = masks if self.training else {}
             return result
         slowdown, threads = 1.0, None
         if controller is not None:

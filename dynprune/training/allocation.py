@@ -68,6 +68,8 @@ def allocate(
     sensitivities: Mapping[str, Sensitivity],
     levels: int,
     is_useful: Callable[[Mapping[str, float]], bool] | None = None,
+    *,
+    tightest: float = 0.0,
 ) -> list[dict[str, float]]:
     """Returns the keep ratio of each site at each level; level 0 keeps all, and no ratio rises with the level.
 
@@ -80,6 +82,7 @@ def allocate(
         sensitivities: of the sites to gate, by name.
         levels: number of levels, >= 2.
         is_useful: whether the model is still worth running with these keep ratios; asked a few times, by bisection. None: always.
+        tightest: share of the whole model's time at which to end; default 0: where all sites are at their floor.
     """
     step = (1 - FLOOR) / STEPS
     taken = dict.fromkeys(sensitivities, 0)
@@ -92,9 +95,11 @@ def allocate(
         taken[best] += 1
         keep[best] = 1 - step * taken[best]
         path.append((predicted_ms(costs, keep), dict(keep)))
+    whole_ms = path[0][0]
+    path = path[: next((i for i, (time_ms, _) in enumerate(path) if time_ms <= tightest * whole_ms), len(path)) + 1]
     if is_useful is not None:
         path = path[: _last_useful([state for _, state in path], is_useful) + 1]
-    whole_ms, tightest_ms = path[0][0], path[-1][0]
+    tightest_ms = path[-1][0]
     chosen = []
     for level in range(levels):
         target_ms = whole_ms - (whole_ms - tightest_ms) * level / (levels - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from dynprune.runtime.plan import Plan
 from dynprune.runtime.profile import fit_to_latencies, level_latencies, machine_name, measure_costs
 from dynprune.training.allocation import Sensitivity, allocate
 from dynprune.training.costing import allocation_costs
+from dynprune.training.progress import Report, reporter
 from dynprune.training.samples import Chunk, nth_sample, read_samples, split, take
 from dynprune.training.scores import fit_channels, record_channels, record_pooled
 from dynprune.training.sensitivity import (
@@ -82,8 +82,7 @@ def calibrate(
     Example:
         >>> frontier = calibrate(dm, [torch.rand(8, 3, 224, 224) for _ in range(32)])
     """
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise InputError(f"`levels` must be an int >= 2, got {levels!r}.")
+    check_levels(levels)
     if any(p.device.type != "cpu" for p in dm.model.parameters()):
         raise InputError("calibrate measures the engine, which runs on CPU; call dm.to('cpu') first.")
     captured = dm.attachment is not None
@@ -93,14 +92,14 @@ def calibrate(
         num_inputs=len(dm.graph.inputs) if captured else None,
         splittable=not captured or dm.graph.dynamic_batch,
     )
-    report = _reporter(progress)
-    with _eval_mode(dm), torch.no_grad():
+    report = reporter(progress, "calibrate")
+    with eval_mode(dm), torch.no_grad():
         plan = dm.engine_for(*chunks[0].args, **chunks[0].kwargs).plan
         if not plan.sites:
             raise CalibrationError("The model has no place that can be gated, so there is nothing to calibrate; dm.explain() says why.")
         backup = copy.deepcopy(dm.gates.state_dict())
         try:
-            frontier, costs = _Calibration(dm, plan, chunks, levels, metric, report).run()
+            frontier, costs = Calibration(dm, plan, chunks, levels, metric, report).run()
         except BaseException:
             dm.gates.load_state_dict(backup)
             dm.refresh()
@@ -110,12 +109,32 @@ def calibrate(
     return frontier
 
 
-class _Calibration:
+def measure_frontier(dm: DynamicModel, chunks: list[Chunk], *, levels: int, metric: Metric | None, report: Report) -> Frontier:
+    """Returns the frontier of the gates as they are, and gives it to `dm`.
+
+    Args:
+        dm: on CPU.
+        chunks: samples; every fourth chunk is measured on.
+        levels, metric: as for `calibrate`.
+        report: called with the progress.
+    """
+    with eval_mode(dm), torch.no_grad():
+        plan = dm.engine_for(*chunks[0].args, **chunks[0].kwargs).plan
+        frontier, costs = Calibration(dm, plan, chunks, levels, metric, report).measure()
+    dm.set_frontier(frontier, costs)
+    return frontier
+
+
+def check_levels(levels: int) -> None:
+    """Raises InputError where `levels` is not a number of operating points."""
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise InputError(f"`levels` must be an int >= 2, got {levels!r}.")
+
+
+class Calibration:
     """One calibration: `run` goes through its stages."""
 
-    def __init__(
-        self, dm: DynamicModel, plan: Plan, chunks: list[Chunk], levels: int, metric: Metric | None, report: Callable[[float, str], None]
-    ):
+    def __init__(self, dm: DynamicModel, plan: Plan, chunks: list[Chunk], levels: int, metric: Metric | None, report: Report):
         self.dm = dm
         self.plan = plan
         self.levels = levels
@@ -131,12 +150,17 @@ class _Calibration:
         """Returns the frontier and the cost table; the gates are fitted."""
         self.report(0.0, "timing the whole model")
         table = measure_costs(self._engine(), self._single(0), self.sites)
-        sensitivities = self._fit_gates()
+        sensitivities = self.fit_gates()
         keeps = allocate(allocation_costs(self.plan, table), sensitivities, self.levels, self._usefulness())
-        self._set_curves(keeps)
-        return self._frontier(table)
+        self.set_curves(keeps)
+        return self.frontier(table)
 
-    def _fit_gates(self) -> dict[str, Sensitivity]:
+    def measure(self) -> tuple[Frontier, CostTable]:
+        """Returns the frontier and the cost table of the gates as they are."""
+        self.report(0.0, "timing the whole model")
+        return self.frontier(measure_costs(self._engine(), self._single(0), self.sites))
+
+    def fit_gates(self) -> dict[str, Sensitivity]:
         """Fits the gate of every site that the plan gates, and returns how much the output suffers when that site alone is gated."""
         records = record_channels(self.attachment, self.fitted)
         runs = sum(len(KEEP_RATIOS) if site.kind == "channels" else 2 for site in self.gated)
@@ -158,7 +182,7 @@ class _Calibration:
             sensitivities[site.name] = Sensitivity(errors)
         return sensitivities
 
-    def _set_curves(self, keeps: list[dict[str, float]]) -> None:
+    def set_curves(self, keeps: list[dict[str, float]]) -> None:
         """Sets every gate's thresholds so that each level keeps its ratios when all sites are gated at that level."""
         pooled = record_pooled(self.attachment, self.fitted)
         curves: dict[str, list[Tensor]] = {}
@@ -176,7 +200,8 @@ class _Calibration:
             gate.set_curve(torch.stack(curve))
             gate.calibrated.fill_(True)
 
-    def _frontier(self, table: CostTable) -> tuple[Frontier, CostTable]:
+    def frontier(self, table: CostTable) -> tuple[Frontier, CostTable]:
+        """Returns what each level of the gates as they are costs and keeps, and `table` scaled to the measured times."""
         chunks = self._affordable(self.held_out, ACCURACY_MACS, self.levels)
         references = [self._whole(chunk) for chunk in chunks]
         latencies_ms, fewer_threads = self._latencies_ms()
@@ -250,7 +275,7 @@ class _Calibration:
 
 
 @contextmanager
-def _eval_mode(dm: DynamicModel) -> Iterator[None]:
+def eval_mode(dm: DynamicModel) -> Iterator[None]:
     training = [module for module in dm.modules() if module.training]
     dm.eval()
     try:
@@ -258,11 +283,3 @@ def _eval_mode(dm: DynamicModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _reporter(progress: bool | Callable[[float, str], None]) -> Callable[[float, str], None]:
-    if callable(progress):
-        return progress
-    if not progress:
-        return lambda share, what: None
-    return lambda share, what: print(f"\rcalibrate {share:4.0%} {what:<60.60}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)

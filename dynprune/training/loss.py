@@ -1,0 +1,127 @@
+"""Loss terms for training with gates: what the active parts cost, and how far the answers are from a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dynprune.errors import CalibrationError, InputError
+from dynprune.runtime.model import DynamicModel
+from dynprune.training.cost import RunCost, mac_costs
+from dynprune.training.costing import step_costs
+
+ANCHORS = 4
+"""Levels between which costs are told apart: the loss sees one mean per anchor, 1/4, 2/4, 3/4 and 1."""
+
+
+class GateLoss(nn.Module):
+    """A loss term that brings the cost at each level to its target, and keeps each site above a floor.
+
+    The target falls linearly from 1 at level 0 to `target` at level 1. Samples of one level may cost more or less than it: only their
+    mean counts, so that easy inputs can pay for hard ones. The term is `weight * sum over anchors of (mean cost - target)^2`, costs
+    relative to the whole model's, plus the same of the sites that keep less than `floor` on average (Verelst and Tuytelaars 2020,
+    arXiv 1912.03203, for a budget on what masks execute).
+
+    Args:
+        dm: in training mode its last call gives the masks.
+        target_macs: share in (0, 1) of the multiply-adds to run at level 1; default 0.4 where no time is given.
+        target_ms: the same as milliseconds for one sample, by the cost table of `calibrate`.
+        weight: >= 0, default 10.
+        floor: share of its groups that each site keeps at least, on average; default 0.1.
+
+    Raises:
+        InputError: both targets are given, or one is out of range or cannot be met (the message says the nearest).
+        CalibrationError: `target_ms` without a cost table.
+
+    Example:
+        >>> gate_loss = GateLoss(dm, target_macs=0.5)
+        >>> for x, labels in loader:
+        ...     dm.training_levels = sandwich_levels(len(x))
+        ...     loss = F.cross_entropy(dm(x), labels) + gate_loss()
+    """
+
+    def __init__(
+        self,
+        dm: DynamicModel,
+        *,
+        target_macs: float | None = None,
+        target_ms: float | None = None,
+        weight: float = 10.0,
+        floor: float = 0.1,
+    ):
+        super().__init__()
+        if target_macs is not None and target_ms is not None:
+            raise InputError("Give one of `target_macs` and `target_ms`, not both.")
+        if not 0 <= floor < 1:
+            raise InputError(f"`floor` must lie in [0, 1), got {floor!r}.")
+        if not weight >= 0:
+            raise InputError(f"`weight` must be >= 0, got {weight!r}.")
+        self._dm = (dm,)  # in a tuple: not a submodule of the loss
+        self.weight, self.floor = float(weight), float(floor)
+        if target_ms is not None:
+            if dm.costs is None or not dm.costs.fits(dm.plan):
+                raise CalibrationError("`target_ms` needs to know what each step costs; call calibrate(dm, data) first.")
+            self.cost = RunCost(step_costs(dm.plan, dm.costs))
+            self.target = self._checked(target_ms / self.cost.whole, "target_ms", f"{target_ms:g} ms", self.cost.whole, " ms")
+        else:
+            self.cost = RunCost(mac_costs(dm.plan))
+            share = 0.4 if target_macs is None else target_macs
+            self.target = self._checked(share, "target_macs", f"{share:g}", 1.0, "")
+
+    def forward(self, masks: Mapping[str, Tensor] | None = None, levels: Tensor | float | None = None) -> Tensor:
+        """Returns the loss term, a scalar.
+
+        Args:
+            masks: site name to a 0-1 tensor (N, num_groups); default None: those of the last call of `dm` in training mode.
+            levels: of the samples (N,) or of all; default None: those of that call.
+
+        Raises:
+            InputError: there was no such call.
+        """
+        dm = self._dm[0]
+        masks = dm.masks if masks is None else masks
+        levels = (dm.level if dm.training_levels is None else dm.training_levels) if levels is None else levels
+        keep = {name: mask.mean(1) for name, mask in masks.items() if name in self.cost.sites}
+        if not keep:
+            raise InputError(
+                "There are no masks: call the model in training mode at a level above 0 before the loss, for example with "
+                "dm.training_levels = sandwich_levels(len(x))."
+            )
+        first = next(iter(keep.values()))
+        levels = torch.as_tensor(levels, dtype=first.dtype, device=first.device).expand(len(first))
+        excess = self.cost(keep) - (1 - levels * (1 - self.target))
+        shares = torch.stack(list(keep.values()), 1)
+        loss = first.new_zeros(())
+        for anchor in torch.arange(1, ANCHORS + 1) / ANCHORS:
+            near = (1 - (levels - anchor).abs() * ANCHORS).clamp_min(0)
+            if near.sum() > 0:
+                near = near / near.sum()
+                below = (self.floor - near @ shares).clamp_min(0)
+                loss = loss + (near @ excess).square() + below.square().sum()
+        return self.weight * loss
+
+    def _checked(self, share: float, name: str, given: str, whole: float, unit: str) -> float:
+        least = float(self.cost(dict.fromkeys(self.cost.sites, self.floor)))
+        if not least <= share < 1:
+            raise InputError(
+                f"`{name}`={given} cannot be met: with every site at its floor of {self.floor:.0%} the model costs "
+                f"{least * whole:.3g}{unit}, whole {whole:.3g}{unit}; give something between, the nearest is "
+                f"{(least if share < least else 1.0) * whole:.3g}{unit}, or lower `floor`."
+            )
+        return share
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Returns the mean Kullback-Leibler divergence of softened classes, times the square of the temperature.
+
+    Hinton et al. 2015, arXiv 1503.02531.
+
+    Args:
+        logits, teacher_logits: (N, classes); no gradient reaches the teacher's.
+        temperature: > 0, divides both.
+    """
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    log_q = (teacher_logits.detach().float() / temperature).log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean() * temperature**2
