@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dynprune.control.frontier import Frontier, OperatingPoint
     from dynprune.control.monitor import ResourceMonitor
     from dynprune.control.pressure import PressurePolicy
-    from dynprune.errors import CalibrationError, CheckpointError, DynpruneError, InputError, UnsupportedModelError
+    from dynprune.errors import CalibrationError, CheckpointError, DynpruneError, InputError, TrainingError, UnsupportedModelError
     from dynprune.pruning.batch_norm import reestimate_batch_norm
     from dynprune.pruning.recipe import load_pruned, save_pruned
     from dynprune.pruning.structured import prune
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from dynprune.runtime.model import DynamicModel
     from dynprune.training.calibrate import calibrate
     from dynprune.training.finetune import finetune
+    from dynprune.training.levels import sandwich_levels
+    from dynprune.training.loss import GateLoss
+    from dynprune.training.report import gate_report
 
 _MODULE_OF = {
     "CalibrationError": "dynprune.errors",
@@ -29,16 +32,20 @@ _MODULE_OF = {
     "DynamicModel": "dynprune.runtime.model",
     "DynpruneError": "dynprune.errors",
     "Frontier": "dynprune.control.frontier",
+    "GateLoss": "dynprune.training.loss",
     "InputError": "dynprune.errors",
     "OperatingPoint": "dynprune.control.frontier",
     "PressurePolicy": "dynprune.control.pressure",
     "ResourceMonitor": "dynprune.control.monitor",
+    "TrainingError": "dynprune.errors",
     "UnsupportedModelError": "dynprune.errors",
     "calibrate": "dynprune.training.calibrate",
     "finetune": "dynprune.training.finetune",
+    "gate_report": "dynprune.training.report",
     "load_pruned": "dynprune.pruning.recipe",
     "prune": "dynprune.pruning.structured",
     "reestimate_batch_norm": "dynprune.pruning.batch_norm",
+    "sandwich_levels": "dynprune.training.levels",
     "save_pruned": "dynprune.pruning.recipe",
     "sparsify": "dynprune.pruning.unstructured",
 }
@@ -49,17 +56,21 @@ __all__ = [
     "DynamicModel",
     "DynpruneError",
     "Frontier",
+    "GateLoss",
     "InputError",
     "OperatingPoint",
     "PressurePolicy",
     "ResourceMonitor",
+    "TrainingError",
     "UnsupportedModelError",
     "__version__",
     "calibrate",
     "finetune",
+    "gate_report",
     "load_pruned",
     "prune",
     "reestimate_batch_norm",
+    "sandwich_levels",
     "save_pruned",
     "sparsify",
 ]

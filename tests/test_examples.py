@@ -14,6 +14,7 @@ PRINTS = {
     "given_lists": ["site '0': 32 groups", "largest difference"],
     "save_and_load": ["operating points"],
     "prune_static": ["multiply-adds: ", "level 1 skips ", "frozen: ", "masks: 9", "zeros, skipped"],
+    "train_gates": ["varies", "level 0: ", "level 1: "],
 }
 
 

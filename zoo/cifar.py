@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -12,6 +15,15 @@ from torch import Tensor, nn
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 PADDING = 4
 CHUNK = 250
+
+
+def load_module(folder: Path) -> ModuleType:
+    """Returns the module of the data folder that loads images and pretrained networks."""
+    spec = importlib.util.spec_from_file_location("load", folder / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["load"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class Views:
@@ -65,14 +77,18 @@ class ViewLoader:
         logits: by view, (N, classes).
         index: images to train on.
         batch_size: the last, smaller batch of an epoch is left out.
+        steps: batches of an epoch; default None: all of `index`.
     """
 
-    def __init__(self, views: Views, labels: np.ndarray, logits: list[np.ndarray], index: np.ndarray, batch_size: int):
+    def __init__(
+        self, views: Views, labels: np.ndarray, logits: list[np.ndarray], index: np.ndarray, batch_size: int, steps: int | None = None
+    ):
         self._views, self._labels, self._logits = views, torch.from_numpy(labels), logits
         self._index, self._batch_size = index, batch_size
+        self._steps = min(steps or len(index), len(index) // batch_size)
 
     def __len__(self) -> int:
-        return len(self._index) // self._batch_size
+        return self._steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = self._index[torch.randperm(len(self._index)).numpy()]

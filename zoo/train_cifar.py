@@ -8,14 +8,12 @@ Never reads the test images: 2,500 training images are held out for the frontier
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from cifar import ViewLoader, Views, teacher_logits
+from cifar import ViewLoader, Views, load_module, teacher_logits
 
 from dynprune import DynamicModel, finetune
 
@@ -29,6 +27,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, default=56, choices=(20, 56), help="depth of the network whose answers are learnt")
     parser.add_argument("--views", type=int, default=6, help="augmented views of each image")
     parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--steps", type=int, help="steps of an epoch; default: all images once")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--target-macs", type=float, default=0.365)
@@ -37,14 +36,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the teacher's answers and the result")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    load = loader_of(args.data)
+    load = load_module(args.data)
 
     images, labels = load.cifar10("train")
     order = np.random.default_rng(args.seed + 1).permutation(len(images))
     held_out, trained = order[:HELD_OUT], order[HELD_OUT:]
     views = Views(images, args.views)
     logits = teacher_logits(load.network(f"cifar_resnet{args.teacher}"), views, len(images), args.out / f"teacher{args.teacher}")
-    loader = ViewLoader(views, labels, logits, trained, args.batch_size)
+    loader = ViewLoader(views, labels, logits, trained, args.batch_size, args.steps)
     net = load.network(f"cifar_resnet{args.depth}").to(memory_format=torch.channels_last)
     dm = DynamicModel(net, torch.zeros(1, 3, 32, 32), exclude=() if args.branches else ("layer?.?",))
     validation = list(zip(load.cifar_input(images[held_out]).split(250), torch.from_numpy(labels[held_out]).split(250), strict=True))
@@ -64,16 +63,7 @@ def main() -> None:
         progress=lambda share, what: print(f"{time.monotonic() - began:7.0f} s {share:6.1%} {what}", flush=True),
     )
     print(dm.frontier.table())
-    dm.save(args.out / f"resnet{args.depth}.safetensors")
-
-
-def loader_of(folder: Path):
-    """Returns the module that loads the data and the pretrained networks."""
-    spec = importlib.util.spec_from_file_location("load", folder / "load.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["load"] = module
-    spec.loader.exec_module(module)
-    return module
+    dm.save(args.out / f"resnet{args.depth}.safetensors", base=load.network(f"cifar_resnet{args.depth}"))
 
 
 if __name__ == "__main__":

@@ -22,26 +22,28 @@ from dynprune.version import __version__
 if TYPE_CHECKING:
     from dynprune.runtime.model import DynamicModel
 
-FORMAT = 1
-"""Goes up when files can no longer be read by older versions."""
+FORMAT = 2
+"""Goes up when files can no longer be read by older versions; files without tuned weights are still written as 1."""
 
+_TUNED = "tuned."
 _KEY = "dynprune"
 _COSTS = "costs."
 _ARRAYS = ("level_ms", "run_share", "work_share", "site_share")
 
 
-def save(dm: DynamicModel, path: str | PathLike) -> None:
+def save(dm: DynamicModel, path: str | PathLike, base: nn.Module | None = None) -> None:
     """Writes gates, frontier and costs of `dm` to `path`; see `DynamicModel.save`.
 
     Raises:
-        InputError: the model has not been captured, or its example cannot be written down (see `example.to_json`).
+        InputError: the model has not been captured, or its example cannot be written down (see `example.to_json`), or `base` is another
+            architecture.
         CheckpointError: the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dm.gates.state_dict().items()}
     about: dict[str, Any] = {
-        "format": FORMAT,
+        "format": 1 if base is None else FORMAT,
         "version": __version__,
-        "fingerprint": fingerprint(dm.model),
+        "fingerprint": fingerprint(dm.model if base is None else base),
         "include": list(dm.include),
         "exclude": list(dm.exclude),
         "group_size": dm.group_size,
@@ -58,6 +60,9 @@ def save(dm: DynamicModel, path: str | PathLike) -> None:
             "scaled_ms": list(dm.costs.scaled_ms),
             "signature": dm.costs.signature,
         }
+    if base is not None:
+        tensors.update(_differences(base, dm.model))
+        about["tuned"] = fingerprint(dm.model)
     try:
         save_file(tensors, path, {_KEY: json.dumps(about)})
     except (SafetensorError, OSError) as error:
@@ -71,11 +76,17 @@ def load(path: str | PathLike, model: nn.Module, *, remeasure: bool) -> DynamicM
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     about, tensors = _read(path)
-    if about.get("fingerprint") != fingerprint(model):
+    tuned = {name.removeprefix(_TUNED): tensors.pop(name) for name in list(tensors) if name.startswith(_TUNED)}
+    given = fingerprint(model)
+    if given not in (about.get("fingerprint"), about.get("tuned")):
         raise CheckpointError(
             f"{str(path)!r} was saved for a model with other parameters (names, shapes or values); load that model's weights first."
         )
     try:
+        if tuned and given != about["tuned"]:
+            _apply(tuned, model)
+            if fingerprint(model) != about["tuned"]:
+                raise CheckpointError(f"{str(path)!r} is damaged: its weights are not those that were saved.")
         args, kwargs = example.from_json(about["example"])
         options = {name: about[name] for name in ("include", "exclude", "group_size", "exact")}
         dm = DynamicModel(model, **options)
@@ -110,6 +121,26 @@ def fingerprint(model: nn.Module) -> str:
 
 def _arrays(costs: CostTable) -> dict[str, np.ndarray]:
     return {name: values for name in _ARRAYS if (values := getattr(costs, name)) is not None}
+
+
+def _differences(base: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """Returns how the bits of each parameter and buffer differ, which gives back the tuned ones exactly."""
+    old, new = base.state_dict(), model.state_dict()
+    if {name: (x.shape, x.dtype) for name, x in old.items()} != {name: (x.shape, x.dtype) for name, x in new.items()}:
+        raise InputError("`base` must be the model as it was before training: its parameters have other names, shapes or types.")
+    return {_TUNED + name: _bits(old[name]) ^ _bits(x) for name, x in new.items() if x.numel()}
+
+
+@torch.no_grad()
+def _apply(differences: dict[str, Tensor], model: nn.Module) -> None:
+    """Makes the weights of `model` the tuned ones, in place."""
+    for name, x in model.state_dict().items():
+        if x.numel():
+            x.copy_((_bits(x) ^ differences[name]).view(x.dtype).reshape(x.shape))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _read(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:

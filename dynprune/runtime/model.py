@@ -441,15 +441,21 @@ class DynamicModel(nn.Module):
 
     # ------------------------------------------------------------------ files and copies
 
-    def save(self, path: str | PathLike) -> None:
-        """Saves gates, frontier and cost table, not the model's own weights, as safetensors with JSON inside."""
+    def save(self, path: str | PathLike, *, base: nn.Module | None = None) -> None:
+        """Saves gates, frontier and cost table as safetensors with JSON inside; the model's own weights only with `base`.
+
+        Args:
+            path: of the file.
+            base: the model as it was before `finetune`. The file then holds how the weights differ from it, and `load` takes the model
+                as it was before training and tunes it. Default None: `load` takes the model as it is now.
+        """
         from dynprune.runtime.checkpoint import save
 
-        save(self, path)
+        save(self, path, base)
 
     @staticmethod
     def load(path: str | PathLike, model: nn.Module, *, remeasure: bool = True) -> DynamicModel:
-        """Returns a `DynamicModel` of `model` with what `save` wrote.
+        """Returns a `DynamicModel` of `model` with what `save` wrote; tuned weights are written to `model`, in place.
 
         Args:
             path: of the file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -16,19 +17,23 @@ from dynprune.control.frontier import Frontier
 from dynprune.errors import InputError
 from dynprune.runtime.model import DynamicModel
 from dynprune.training.allocation import allocate
-from dynprune.training.batches import as_batch
+from dynprune.training.batches import Batch, as_batch
 from dynprune.training.batchnorm import reestimate_batch_norm
 from dynprune.training.calibrate import Calibration, check_levels, eval_mode, measure_frontier
+from dynprune.training.distributed import share_from_first
 from dynprune.training.loss import GateLoss
 from dynprune.training.progress import Report, epoch_report, part_of, reporter
 from dynprune.training.resume import RunFile
 from dynprune.training.samples import Chunk, read_samples
 from dynprune.training.scores import record_pooled
 from dynprune.training.sensitivity import Metric
+from dynprune.training.settle import settle_levels
 from dynprune.training.trainer import Recipe, Trainer
 
 NORM_BATCHES = 32
 """Batches that batch-norm statistics are taken from after training."""
+MISSED = 0.03
+"""Share of the whole cost by which level 1 may miss its target before a warning says so."""
 PARTS = ("gates", "model")
 
 
@@ -130,12 +135,25 @@ def finetune(
         finally:
             dm.eval()
             dm.refresh()
-        if "model" in recipe.train:
-            torch.manual_seed(seed)
-            names = (f"Batch {i}" for i in itertools.count())
-            batches = [as_batch(item, name) for name, item in zip(names, itertools.islice(loader, NORM_BATCHES), strict=False)]
-            reestimate_batch_norm(dm, batches, seed=seed)
-        frontier = measure_frontier(dm, chunks, levels=levels, metric=metric, report=part_of(report, 0.95, 1.0))
+        found = None
+        if trainer.rank == 0:
+            if "model" in recipe.train:
+                torch.manual_seed(seed)
+                reestimate_batch_norm(dm, _first_batches(loader), seed=seed)
+            with eval_mode(dm):
+                reached = settle_levels(dm, chunks, gate_loss.cost, gate_loss.target)
+            measure_frontier(dm, chunks, levels=levels, metric=metric, report=part_of(report, 0.95, 1.0))
+            found = dm.frontier, dm.costs, reached
+        frontier, costs, reached = share_from_first(dm, found)
+    if trainer.rank > 0:
+        dm.set_frontier(frontier, costs)
+    if reached > gate_loss.target + MISSED:
+        warnings.warn(
+            f"The target was not reached: level 1 costs {reached:.0%} of the whole model, to be {gate_loss.target:.0%}. Train longer, or "
+            "raise `gate_weight` or `gate_lr`.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     report(1.0, "trained")
     return frontier
 
@@ -178,6 +196,10 @@ def _checked_recipe(train: Any, epochs: Any, *others: Any) -> Recipe:
     if not 0 <= recipe.distill <= 1:
         raise InputError(f"`distill` must lie in [0, 1], got {recipe.distill!r}.")
     return recipe
+
+
+def _first_batches(loader: Iterable[Any]) -> list[Batch]:
+    return [as_batch(item, f"Batch {number}") for number, item in enumerate(itertools.islice(loader, NORM_BATCHES))]
 
 
 def _length(loader: Any) -> int:

@@ -37,5 +37,5 @@ def sandwich_levels(
     order = torch.randperm(batch_size, generator=generator)
     fixed = int(WHOLE_SHARE * batch_size)
     levels[order[:fixed]] = 0.0
-    levels[order[fixed : 2 * fixed]] = 1.0
+    levels[order[fixed : 2 * fixed]] = tightest
     return levels.to(device)

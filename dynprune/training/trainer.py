@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dynprune.errors import InputError, TrainingError
 from dynprune.runtime.model import DynamicModel
 from dynprune.training.batches import Batch, as_batch, check_classes
+from dynprune.training.distributed import rank_and_world
 from dynprune.training.levels import sandwich_levels
 from dynprune.training.loss import GateLoss, distillation_loss
 
@@ -73,9 +74,8 @@ class Trainer:
         self._gates = list(dm.gates.parameters()) if "gates" in recipe.train else []
         self.optimizers = _optimizers(self._trained, self._gates, recipe)
         self._generator = torch.Generator()
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank, self._world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-        self._module: nn.Module = DistributedDataParallel(dm) if distributed else dm
+        self.rank, self._world = rank_and_world()
+        self._module: nn.Module = DistributedDataParallel(dm) if self._world > 1 else dm
 
     def train_epoch(self, epoch: int, loader: Iterable[Any], report: Callable[[int, dict[str, float]], None]) -> dict[str, float]:
         """Runs one epoch and returns its means of the terms of the loss.
