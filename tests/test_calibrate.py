@@ -21,9 +21,9 @@ from dynprune.training import calibrate as calibration
 from dynprune.training.allocation import FLOOR, Sensitivity, StepCost, allocate, predicted_ms
 from dynprune.training.calibrate import calibrate
 from dynprune.training.costing import allocation_costs, step_costs
+from dynprune.training.outputs import TEMPERATURE, agreement, output_errors
 from dynprune.training.samples import CHUNK, MAX_SAMPLES, nth_sample, read_samples, split, take
 from dynprune.training.scores import ConsumerRecord, Regression, SiteRecord, fit_channels, quantile
-from dynprune.training.sensitivity import TEMPERATURE, agreement, output_errors
 
 
 @pytest.fixture(autouse=True)

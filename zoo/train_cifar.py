@@ -1,6 +1,8 @@
 """Trains the gates and weights of a CIFAR-10 ResNet for all levels at once; see README.md for the commands that were run.
 
-    python zoo/train_cifar.py --depth 20 --epochs 16 --out run20
+    torchrun --nproc-per-node 2 zoo/train_cifar.py --depth 20 --epochs 16 --batch-size 64 --out run20
+
+Run by python instead of torchrun it trains in one process; the batch size is that of each process, which all draw from all images.
 
 Never reads the test images: 2,500 training images are held out for the frontier that it prints.
 """
@@ -8,6 +10,7 @@ Never reads the test images: 2,500 training images are held out for the frontier
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -36,6 +39,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the teacher's answers and the result")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    rank = int(os.environ.get("RANK", "0"))
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
     load = load_module(args.data)
 
     images, labels = load.cifar10("train")
@@ -60,8 +66,10 @@ def main() -> None:
         validation=validation,
         metric=lambda output, classes: (output.argmax(1) == classes).double().mean().item(),
         checkpoint=args.out / "run.pt",
-        progress=lambda share, what: print(f"{time.monotonic() - began:7.0f} s {share:6.1%} {what}", flush=True),
+        progress=rank == 0 and (lambda share, what: print(f"{time.monotonic() - began:7.0f} s {share:6.1%} {what}", flush=True)),
     )
+    if rank > 0:
+        return
     print(dm.frontier.table())
     dm.save(args.out / f"resnet{args.depth}.safetensors", base=load.network(f"cifar_resnet{args.depth}"))
 

@@ -22,13 +22,14 @@ from dynprune.runtime.plan import Plan
 from dynprune.runtime.profile import fit_to_latencies, level_latencies, machine_name, measure_costs
 from dynprune.training.allocation import Sensitivity, allocate
 from dynprune.training.costing import allocation_costs
+from dynprune.training.fisher import consumer_importance
+from dynprune.training.outputs import agreement
 from dynprune.training.progress import Report, reporter
 from dynprune.training.samples import Chunk, nth_sample, read_samples, split, take
 from dynprune.training.scores import fit_channels, record_channels, record_pooled
 from dynprune.training.sensitivity import (
     KEEP_RATIOS,
     Metric,
-    agreement,
     apply_fit,
     branch_errors,
     channel_errors,
@@ -50,6 +51,7 @@ LEAST_AGREEMENT = 0.5
 LATENCY_SECONDS = 0.1
 """Timed seconds per level."""
 LEAST_SAMPLES = 32
+STATIC = "no gate depends on the input; dm.freeze(level) runs the same without gates"
 
 
 def calibrate(
@@ -99,18 +101,19 @@ def calibrate(
             raise CalibrationError("The model has no place that can be gated, so there is nothing to calibrate; dm.explain() says why.")
         backup = copy.deepcopy(dm.gates.state_dict())
         try:
-            frontier, costs = Calibration(dm, plan, chunks, levels, metric, report).run()
+            calibration = Calibration(dm, plan, chunks, levels, metric, report)
+            frontier, costs = calibration.run()
         except BaseException:
             dm.gates.load_state_dict(backup)
             dm.refresh()
             raise
     dm.set_frontier(frontier, costs)
-    report(1.0, "calibrated")
+    report(1.0, "calibrated" if calibration.input_dependent else f"calibrated; {STATIC}")
     return frontier
 
 
-def measure_frontier(dm: DynamicModel, chunks: list[Chunk], *, levels: int, metric: Metric | None, report: Report) -> Frontier:
-    """Returns the frontier of the gates as they are, and gives it to `dm`.
+def measure_frontier(dm: DynamicModel, chunks: list[Chunk], *, levels: int, metric: Metric | None, report: Report) -> bool:
+    """Gives `dm` the frontier of the gates as they are, and returns whether some gate depends on the input at level 1.
 
     Args:
         dm: on CPU.
@@ -120,9 +123,9 @@ def measure_frontier(dm: DynamicModel, chunks: list[Chunk], *, levels: int, metr
     """
     with eval_mode(dm), torch.no_grad():
         plan = dm.engine_for(*chunks[0].args, **chunks[0].kwargs).plan
-        frontier, costs = Calibration(dm, plan, chunks, levels, metric, report).measure()
-    dm.set_frontier(frontier, costs)
-    return frontier
+        calibration = Calibration(dm, plan, chunks, levels, metric, report)
+        dm.set_frontier(*calibration.measure())
+    return calibration.input_dependent
 
 
 def check_levels(levels: int) -> None:
@@ -132,7 +135,11 @@ def check_levels(levels: int) -> None:
 
 
 class Calibration:
-    """One calibration: `run` goes through its stages."""
+    """One calibration: `run` goes through its stages.
+
+    Attributes:
+        input_dependent: whether some gate made different choices for different inputs at level 1; known once the frontier is.
+    """
 
     def __init__(self, dm: DynamicModel, plan: Plan, chunks: list[Chunk], levels: int, metric: Metric | None, report: Report):
         self.dm = dm
@@ -144,6 +151,7 @@ class Calibration:
         self.sites: dict[str, Site] = {site.name: site for site in dm.sites}
         self.gated = [self.sites[site.name] for site in plan.sites]
         self.splittable = plan.fixed_batch is None
+        self.input_dependent = True
         self.fitted, self.held_out = split(chunks, splittable=self.splittable)
 
     def run(self) -> tuple[Frontier, CostTable]:
@@ -162,7 +170,8 @@ class Calibration:
 
     def fit_gates(self) -> dict[str, Sensitivity]:
         """Fits the gate of every site that the plan gates, and returns how much the output suffers when that site alone is gated."""
-        records = record_channels(self.attachment, self.fitted)
+        importance = consumer_importance(self.attachment, self.fitted, splittable=self.splittable)
+        records = record_channels(self.attachment, self.fitted, importance)
         runs = sum(len(KEEP_RATIOS) if site.kind == "channels" else 2 for site in self.gated)
         held_out, fitted = (self._affordable(chunks, SENSITIVITY_MACS, runs) for chunks in (self.held_out, self.fitted))
         references = [self._whole(chunk) for chunk in held_out]
@@ -217,6 +226,7 @@ class Calibration:
             accuracies.append(self._accuracy(chunks, [output for output, _ in results], references))
         for name, frequency in kept.items():
             self.attachment.gate(name).record_frequency(torch.stack(frequency))
+        self.input_dependent = any(bool(((f[-1] > 0) & (f[-1] < 1)).any()) for f in kept.values())
         batch = self.plan.fixed_batch or 1
         costs, skip_rates = fit_to_latencies(self.plan, table, shares, [ms / batch for ms in latencies_ms])
         points = [

@@ -19,7 +19,7 @@ from dynprune.runtime.model import DynamicModel
 from dynprune.training.allocation import allocate
 from dynprune.training.batches import Batch, as_batch
 from dynprune.training.batchnorm import reestimate_batch_norm
-from dynprune.training.calibrate import Calibration, check_levels, eval_mode, measure_frontier
+from dynprune.training.calibrate import STATIC, Calibration, check_levels, eval_mode, measure_frontier
 from dynprune.training.distributed import share_from_first
 from dynprune.training.loss import GateLoss
 from dynprune.training.progress import Report, epoch_report, part_of, reporter
@@ -77,17 +77,17 @@ def finetune(
     share of the samples and all the same number of batches (`DistributedSampler`).
 
     Args:
-        dm: the DynamicModel to train.
+        dm: the DynamicModel to train, on any device; its gates are fitted and its frontier measured on CPU.
         loader: yields (inputs, labels), or (inputs, labels, teacher's output), and has a length. Inputs are a tensor, a tuple of the
             model's arguments or a dict of its keyword arguments; labels of None train by the teacher alone.
         train: what to train, ("gates",) or ("gates", "model").
         epochs: >= 1, default 10. The learning rate rises for a twentieth of the steps and then falls to 0 as a cosine.
         target_macs: share in (0, 1) of the multiply-adds to run at level 1; default 0.4 where no time is given.
-        target_ms: the same in milliseconds of one sample, by the cost table that is measured, or was by `calibrate`.
+        target_ms: the same in milliseconds of one sample, by the cost table of `calibrate`, which must have come before.
         lr, weight_decay: of SGD with momentum 0.9 for the model; weight decay spares biases and norms.
         gate_lr: of Adam for the gates, without weight decay.
-        teacher: a module, called as the model is; default "original" is a copy of the model as it was before training. None: no
-            teacher. A teacher's output in the batch comes before it.
+        teacher: a module in eval mode on the model's device, called as the model is; default "original" is a copy of the model as it was
+            before training. None: no teacher. A teacher's output in the batch comes before it.
         distill: in [0, 1], weight of the teacher's term; the labels' has the rest. Default 0.7.
         temperature: > 0, softens the teacher's and the model's classes; default 4.
         gate_weight, floor: see `GateLoss`.
@@ -115,16 +115,18 @@ def finetune(
     steps = _length(loader)
     report = reporter(progress, "finetune")
     settings = {"target_macs": target_macs, "target_ms": target_ms, "gate_weight": gate_weight, "floor": floor, "steps": steps}
-    with torch.random.fork_rng(devices=[]), _only_trainable(dm.model, "model" in recipe.train):
+    device = next((p.device for p in dm.model.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]), _on_cpu(dm, device), _only_trainable(dm.model, "model" in recipe.train):
         torch.manual_seed(seed)
         chunks = _chunks(dm, loader if validation is None else validation, labelled=metric is not None)
         run = RunFile(checkpoint, dm, recipe, settings)
         if teacher == "original":
-            teacher = copy.deepcopy(dm.model) if distill > 0 else None
+            teacher = copy.deepcopy(dm.model).to(device).eval().requires_grad_(False) if distill > 0 else None
         dm.engine_for(*chunks[0].args, **chunks[0].kwargs)
         gate_loss = GateLoss(dm, target_macs=target_macs, target_ms=target_ms, weight=gate_weight, floor=floor)
         if fit and run.epochs_done == 0:
             fit_gates(dm, chunks, gate_loss, levels, part_of(report, 0.0, 0.05))
+        dm.to(device)
         trainer = Trainer(dm, gate_loss, recipe, teacher=teacher, loss=loss, steps_per_epoch=steps)
         run.restore(trainer)
         training = part_of(report, 0.05, 0.95)
@@ -133,7 +135,7 @@ def finetune(
                 means = trainer.train_epoch(run.epochs_done, loader, epoch_report(training, run.epochs_done, epochs, steps))
                 run.save(trainer, means)
         finally:
-            dm.eval()
+            dm.to("cpu").eval()
             dm.refresh()
         found = None
         if trainer.rank == 0:
@@ -142,9 +144,9 @@ def finetune(
                 reestimate_batch_norm(dm, _first_batches(loader), seed=seed)
             with eval_mode(dm):
                 reached = settle_levels(dm, chunks, gate_loss.cost, gate_loss.target)
-            measure_frontier(dm, chunks, levels=levels, metric=metric, report=part_of(report, 0.95, 1.0))
-            found = dm.frontier, dm.costs, reached
-        frontier, costs, reached = share_from_first(dm, found)
+            dynamic = measure_frontier(dm, chunks, levels=levels, metric=metric, report=part_of(report, 0.95, 1.0))
+            found = dm.frontier, dm.costs, reached, dynamic
+        frontier, costs, reached, dynamic = share_from_first(dm, found)
     if trainer.rank > 0:
         dm.set_frontier(frontier, costs)
     if reached > gate_loss.target + MISSED:
@@ -154,7 +156,7 @@ def finetune(
             RuntimeWarning,
             stacklevel=2,
         )
-    report(1.0, "trained")
+    report(1.0, "trained" if dynamic else f"trained; {STATIC}")
     return frontier
 
 
@@ -219,6 +221,16 @@ def _chunks(dm: DynamicModel, batches: Iterable[Any], *, labelled: bool) -> list
         num_inputs=len(dm.graph.inputs) if captured else None,
         splittable=not captured or dm.graph.dynamic_batch,
     )
+
+
+@contextmanager
+def _on_cpu(dm: DynamicModel, device: torch.device) -> Iterator[None]:
+    """The model is on CPU within, and on `device` after."""
+    dm.to("cpu")
+    try:
+        yield
+    finally:
+        dm.to(device)
 
 
 @contextmanager
