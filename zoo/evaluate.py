@@ -1,4 +1,4 @@
-"""Measures a network with gates on the CIFAR-10 test images: accuracy, multiply-adds (the gates' own counted) and time of one image, by level.
+"""Measures a network with gates on the CIFAR-10 test images: accuracy, multiply-adds (with the gates') and time of one image, by level.
 
     python zoo/evaluate.py --depth 20 --file zoo/resnet20.safetensors --json zoo/resnet20.json
 

@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--target-macs", type=float, default=0.365)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fit", type=int, default=1024, help="held-out images that gates are fitted to and the frontier is measured on")
+    parser.add_argument("--levels", type=int, default=32, help="operating points of the frontier")
     parser.add_argument("--branches", action="store_true", help="gate whole residual branches too")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the teacher's answers and the result")
     args = parser.parse_args()
@@ -52,7 +54,8 @@ def main() -> None:
     loader = ViewLoader(views, labels, logits, trained, args.batch_size, args.steps)
     net = load.network(f"cifar_resnet{args.depth}").to(memory_format=torch.channels_last)
     dm = DynamicModel(net, torch.zeros(1, 3, 32, 32), exclude=() if args.branches else ("layer?.?",))
-    validation = list(zip(load.cifar_input(images[held_out]).split(250), torch.from_numpy(labels[held_out]).split(250), strict=True))
+    fitted = held_out[: args.fit]
+    validation = list(zip(load.cifar_input(images[fitted]).split(64), torch.from_numpy(labels[fitted]).split(64), strict=True))
     began = time.monotonic()
     finetune(
         dm,
@@ -61,6 +64,7 @@ def main() -> None:
         target_macs=args.target_macs,
         lr=args.lr,
         seed=args.seed,
+        levels=args.levels,
         autocast=True,
         teacher=None,
         validation=validation,

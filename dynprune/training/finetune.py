@@ -24,7 +24,7 @@ from dynprune.training.distributed import share_from_first
 from dynprune.training.loss import GateLoss
 from dynprune.training.progress import Report, epoch_report, part_of, reporter
 from dynprune.training.resume import RunFile
-from dynprune.training.samples import Chunk, read_samples
+from dynprune.training.samples import Chunk, read_samples, take
 from dynprune.training.scores import record_pooled
 from dynprune.training.sensitivity import Metric
 from dynprune.training.settle import settle_levels
@@ -32,6 +32,8 @@ from dynprune.training.trainer import Recipe, Trainer
 
 NORM_BATCHES = 32
 """Batches that batch-norm statistics are taken from after training."""
+SETTLE_SAMPLES = 256
+"""Samples that the cost of each level is measured on."""
 MISSED = 0.03
 """Share of the whole cost by which level 1 may miss its target before a warning says so."""
 PARTS = ("gates", "model")
@@ -65,10 +67,10 @@ def finetune(
 ) -> Frontier:
     """Returns the `Frontier` of `dm` after training its gates, and with them the weights of the user's model, in place.
 
-    Every sample of a batch runs at its own level (`sandwich_levels`: a quarter whole, a quarter at level 1, the rest in between), with
-    straight-through masks. The loss is cross entropy with the labels, the divergence from a teacher, and a `GateLoss` that brings the
-    cost of each level to its target. After training, batch-norm statistics are taken
-    anew over the same mix of levels, and the frontier is measured as by `calibrate`.
+    Every sample of a batch runs at its own level (`sandwich_levels`: a quarter whole, a quarter at the tightest, the rest in between),
+    with straight-through masks. The loss is cross entropy with the labels, the divergence from a teacher, and a `GateLoss` that brings
+    the cost of each level to its target. After training, batch-norm statistics are taken anew over the same mix of levels, thresholds
+    are moved so that each level costs its target, and the frontier is measured as by `calibrate`.
 
     With `train=("gates",)` the model stays as it is, and so does its output at level 0. With the model trained too, level 0 is the
     tuned model; train longer for more: 10 epochs are a beginning.
@@ -112,6 +114,8 @@ def finetune(
     """
     recipe = _checked_recipe(train, epochs, lr, gate_lr, weight_decay, distill, temperature, seed, autocast)
     check_levels(levels)
+    if not (teacher is None or teacher == "original" or isinstance(teacher, nn.Module)):
+        raise InputError(f"`teacher` must be a module, 'original' or None, got {teacher!r}.")
     steps = _length(loader)
     report = reporter(progress, "finetune")
     settings = {"target_macs": target_macs, "target_ms": target_ms, "gate_weight": gate_weight, "floor": floor, "steps": steps}
@@ -143,7 +147,9 @@ def finetune(
                 torch.manual_seed(seed)
                 reestimate_batch_norm(dm, _first_batches(loader), seed=seed)
             with eval_mode(dm):
-                reached = settle_levels(dm, chunks, gate_loss.cost, gate_loss.target)
+                reached = settle_levels(
+                    dm, take(chunks, SETTLE_SAMPLES, splittable=dm.graph.dynamic_batch), gate_loss.cost, gate_loss.target
+                )
             dynamic = measure_frontier(dm, chunks, levels=levels, metric=metric, report=part_of(report, 0.95, 1.0))
             found = dm.frontier, dm.costs, reached, dynamic
         frontier, costs, reached, dynamic = share_from_first(dm, found)

@@ -60,6 +60,8 @@ class GateLoss(nn.Module):
             raise InputError(f"`weight` must be >= 0, got {weight!r}.")
         self._dm = (dm,)  # in a tuple: not a submodule of the loss
         self.weight, self.floor = float(weight), float(floor)
+        if not dm.plan.sites:
+            raise InputError("The model has no place that can be gated, so there is nothing to train; dm.explain() says why.")
         if target_ms is not None:
             if dm.costs is None or not dm.costs.fits(dm.plan):
                 raise CalibrationError("`target_ms` needs to know what each step costs; call calibrate(dm, data) first.")

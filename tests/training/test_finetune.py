@@ -12,8 +12,13 @@ from helpers import assert_close
 
 from dynprune.errors import CheckpointError, InputError, TrainingError
 from dynprune.runtime.model import DynamicModel
+from dynprune.training.calibrate import calibrate
+from dynprune.training.cost import RunCost, mac_costs
+from dynprune.training.costing import step_costs
 from dynprune.training.finetune import finetune
+from dynprune.training.loss import GateLoss
 from dynprune.training.report import gate_report
+from dynprune.training.samples import read_samples
 from dynprune.training.settle import mean_cost, settle_levels
 
 QUICK = {"epochs": 2, "levels": 4, "target_macs": 0.5}
@@ -110,6 +115,15 @@ def test_own_loss_and_autocast(make_model, loader):
     assert all(p.dtype == torch.float32 for p in dm.parameters())
 
 
+def test_target_in_milliseconds_of_the_cost_table(make_model, loader):
+    dm = make_model()
+    calibrate(dm, loader, levels=3)
+    cost = GateLoss(dm, target_ms=0.999 * RunCost(step_costs(dm.plan, dm.costs)).whole).cost
+    least = float(cost(dict.fromkeys(cost.sites, 0.3)))
+    finetune(dm, loader, epochs=1, levels=4, target_ms=0.5 * (1 + least) * cost.whole)
+    assert dm.frontier.points[-1].skip_rate > 0
+
+
 def test_gates_are_not_fitted_again_where_that_is_not_wanted(make_model, loader):
     dm = make_model()
     finetune(dm, loader, **QUICK)
@@ -140,6 +154,7 @@ def test_missed_target_is_said(make_model, loader, monkeypatch):
         ({"distill": 1.5}, "distill"),
         ({"temperature": 0.0}, "temperature"),
         ({"levels": 1}, "levels"),
+        ({"teacher": "resnet"}, "teacher"),
         ({"target_macs": 0.5, "target_ms": 1.0}, "not both"),
         ({"target_macs": 1e-4}, "nearest is"),
     ],
@@ -174,6 +189,12 @@ X, Y = samples(8, 0)
 def test_bad_loaders_are_refused(make_model, batches, message):
     with pytest.raises((InputError, ValueError), match=message):
         finetune(make_model(), batches, epochs=1, levels=2, target_macs=0.5, teacher=None, validation=[(X, Y)] * 4)
+
+
+def test_model_without_sites_is_refused():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)).eval()
+    with pytest.raises(InputError, match="no place that can be gated"):
+        finetune(DynamicModel(net, X[:1]), [(X, Y)], epochs=1)
 
 
 def test_loader_that_dries_up(make_model):
@@ -234,9 +255,6 @@ def test_checkpoints_of_other_runs_are_refused(make_model, loader, tmp_path):
 def test_settled_levels_cost_their_targets(make_model, loader):
     dm = make_model()
     finetune(dm, loader, train=("gates",), epochs=1, levels=9, target_macs=0.4)
-    from dynprune.training.cost import RunCost, mac_costs
-    from dynprune.training.samples import read_samples
-
     chunks = read_samples(loader, labelled=False, num_inputs=1)
     cost = RunCost(mac_costs(dm.plan))
     least = mean_cost(dm, chunks, cost, 1.0)

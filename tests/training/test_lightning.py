@@ -8,6 +8,9 @@ from conftest import samples
 from helpers import assert_close
 from torch.nn import functional as F
 
+from dynprune.cli.models import declare_torchvision_operators
+
+declare_torchvision_operators()  # lightning imports torchvision through torchmetrics
 pl = pytest.importorskip("lightning.pytorch", reason="the Lightning callback needs the package lightning")
 
 
