@@ -33,9 +33,10 @@ for x, labels in loader:
     F.cross_entropy(model(x), labels).backward()
     optimizer.step()
 
+model.eval()
 base = copy.deepcopy(model)
-dm = DynamicModel(model.eval(), torch.zeros(1, 1, 12, 12))
-frontier = finetune(dm, loader, epochs=3, target_macs=0.6, levels=8)
+dm = DynamicModel(model, torch.zeros(1, 1, 12, 12))
+frontier = finetune(dm, loader, epochs=6, target_macs=0.6, gate_lr=0.01, gate_weight=50, levels=8)
 print(frontier.table())
 print(gate_report(dm, loader, level=0.7))
 

@@ -104,7 +104,12 @@ class Gate(nn.Module):
         Args:
             pooled: (N, in_channels).
             level: of all samples, or one for each (N,).
+
+        Raises:
+            InputError: `level` holds another number of levels than there are samples.
         """
+        if isinstance(level, Tensor) and level.shape != pooled.shape[:1]:
+            raise InputError(f"Levels must be one per sample, {len(pooled)} here, got shape {tuple(level.shape)}.")
         score = self.score(pooled)
         threshold = self.thresholds(level)[:, None] if isinstance(level, Tensor) else self.threshold(level)
         hard = (score > threshold).to(score.dtype)

@@ -49,6 +49,9 @@ class GateTraining(Callback):
         self.dm, self.data, self.levels, self.metric = dm, data, levels, metric
         self._generator = torch.Generator().manual_seed(seed)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.dm.train()  # Lightning leaves modules in the mode that they came in
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         first = next(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
         self.dm.training_levels = sandwich_levels(first.shape[0], generator=self._generator, device=pl_module.device)

@@ -260,6 +260,10 @@ def test_settled_levels_cost_their_targets(make_model, loader):
     least = mean_cost(dm, chunks, cost, 1.0)
     target = least + 0.1 * (1 - least)
     assert settle_levels(dm, chunks, cost, target) == pytest.approx(target, abs=0.02)
+    least = mean_cost(dm, chunks, cost, 1.0)
+    beyond = least - 0.05
+    assert settle_levels(dm, chunks, cost, beyond) == pytest.approx(beyond, abs=0.02), "thresholds are raised where they cost too much"
+    settle_levels(dm, chunks, cost, target)
     for level in (0.25, 0.5, 1.0):
         assert mean_cost(dm, chunks, cost, level) == pytest.approx(1 - level * (1 - target), abs=0.06)
 

@@ -58,6 +58,13 @@ def test_thresholds_of_a_tensor_are_those_of_its_numbers(make_model):
     assert gate.thresholds(levels)[0] == float("-inf")
 
 
+def test_levels_of_another_batch_are_refused(make_model):
+    dm = make_model().train()
+    dm.training_levels = sandwich_levels(5)
+    with pytest.raises(InputError, match="one per sample, 4 here"):
+        dm(samples(4, 0)[0])
+
+
 def test_rescaled_gate_makes_the_same_choices(make_model):
     gate = make_model().gate("block1.conv1")
     torch.nn.init.normal_(gate.down)

@@ -45,7 +45,7 @@ def test_callback_gives_levels_and_measures_at_the_end(make_model, loader, tmp_p
         callbacks=[GateTraining(dm, loader, levels=3)],
     )
     before = dm.model.head.weight.detach().clone()
-    trainer.fit(Module(), loader)
+    trainer.fit(Module(), torch.utils.data.DataLoader(loader, batch_size=None))
     assert len(seen) == 2 * len(loader) and all(levels.shape == (32,) for levels in seen) and not torch.equal(seen[0], seen[1])
     assert dm.training_levels is None and not dm.masks
     assert not torch.equal(before, dm.model.head.weight)
