@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     args = parser.parse_args()
     load = load_module(args.data)
-    dm = DynamicModel.load(args.file, load.network(f"cifar_resnet{args.depth}")).eval()
+    dm = DynamicModel.load(args.file, load.network(f"cifar_resnet{args.depth}"), remeasure=False).eval()
     images, classes = load.cifar10("test")
     inputs, labels = load.cifar_input(images), torch.from_numpy(classes)
     rows = []

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=1024, help="held-out images that gates are fitted to and the frontier is measured on")
     parser.add_argument("--levels", type=int, default=32, help="operating points of the frontier")
     parser.add_argument("--branches", action="store_true", help="gate whole residual branches too")
+    parser.add_argument("--start", type=Path, help="a file that this script wrote: train that network further, at its sites")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the teacher's answers and the result")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,10 @@ def main() -> None:
     logits = teacher_logits(load.network(f"cifar_resnet{args.teacher}"), views, len(images), args.out / f"teacher{args.teacher}")
     loader = ViewLoader(views, labels, logits, trained, args.batch_size, args.steps)
     net = load.network(f"cifar_resnet{args.depth}").to(memory_format=torch.channels_last)
-    dm = DynamicModel(net, torch.zeros(1, 3, 32, 32), exclude=() if args.branches else ("layer?.?",))
+    if args.start is None:
+        dm = DynamicModel(net, torch.zeros(1, 3, 32, 32), exclude=() if args.branches else ("layer?.?",))
+    else:
+        dm = DynamicModel.load(args.start, net, remeasure=False)
     fitted = held_out[: args.fit]
     validation = list(zip(load.cifar_input(images[fitted]).split(64), torch.from_numpy(labels[fitted]).split(64), strict=True))
     began = time.monotonic()
@@ -65,6 +69,7 @@ def main() -> None:
         lr=args.lr,
         seed=args.seed,
         levels=args.levels,
+        fit=args.start is None,
         autocast=True,
         teacher=None,
         validation=validation,

@@ -22,7 +22,6 @@ from dynprune.runtime.plan import Plan
 from dynprune.runtime.profile import fit_to_latencies, level_latencies, machine_name, measure_costs
 from dynprune.training.allocation import Sensitivity, allocate
 from dynprune.training.costing import allocation_costs
-from dynprune.training.fisher import consumer_importance
 from dynprune.training.outputs import agreement
 from dynprune.training.progress import Report, reporter
 from dynprune.training.samples import Chunk, nth_sample, read_samples, split, take
@@ -170,8 +169,7 @@ class Calibration:
 
     def fit_gates(self) -> dict[str, Sensitivity]:
         """Fits the gate of every site that the plan gates, and returns how much the output suffers when that site alone is gated."""
-        importance = consumer_importance(self.attachment, self.fitted, splittable=self.splittable)
-        records = record_channels(self.attachment, self.fitted, importance)
+        records = record_channels(self.attachment, self.fitted)
         runs = sum(len(KEEP_RATIOS) if site.kind == "channels" else 2 for site in self.gated)
         held_out, fitted = (self._affordable(chunks, SENSITIVITY_MACS, runs) for chunks in (self.held_out, self.fitted))
         references = [self._whole(chunk) for chunk in held_out]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynprune.runtime.plan import Plan
+from dynprune.runtime.profile import channel_sites
 from dynprune.training.allocation import StepCost
 
 
@@ -50,10 +51,9 @@ class RunCost:
 
 def mac_costs(plan: Plan) -> list[StepCost]:
     """Returns the multiply-adds of each step of a plan, in place of times, with the names of the sites they depend on."""
-    names = [site.name for site in plan.sites]
     result = []
     for step in plan.steps:
-        sites = tuple(names[i] for i in sorted({step.in_site, step.out_site} - {-1}))
+        sites = tuple(channel_sites(plan, step))
         fixed, scaled = (0.0, float(step.macs)) if sites else (float(step.macs), 0.0)
-        result.append(StepCost(fixed, scaled, sites, tuple(names[i] for i in step.branches)))
+        result.append(StepCost(fixed, scaled, sites, tuple(plan.sites[i].name for i in step.branches)))
     return result

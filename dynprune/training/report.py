@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dynprune.control.controller import check_level
+from dynprune.control.checks import check_level
 from dynprune.errors import InputError
 from dynprune.runtime.model import DynamicModel
 from dynprune.training.samples import read_samples

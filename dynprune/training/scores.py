@@ -19,7 +19,6 @@ from dynprune.gates.attach import Attachment
 from dynprune.gates.compensation import column_norms, weight_matrix
 from dynprune.gates.hooks import Visitor, pool
 from dynprune.graph.sites import Site
-from dynprune.training.fisher import Importance
 from dynprune.training.samples import Chunk
 
 REFERENCE_KEEP = 0.6
@@ -71,15 +70,10 @@ class ChannelFit:
     compensated: Tensor
 
 
-def record_channels(attachment: Attachment, chunks: list[Chunk], importance: Importance | None = None) -> dict[str, SiteRecord]:
-    """Returns by name what passes at every channels site when the whole model runs `chunks`.
-
-    Args:
-        attachment, chunks: of the model, and the samples.
-        importance: of the output channels of consumers, which weighs their weights; None: all alike.
-    """
+def record_channels(attachment: Attachment, chunks: list[Chunk]) -> dict[str, SiteRecord]:
+    """Returns by name what passes at every channels site when the whole model runs `chunks`."""
     channels = [site for site in attachment.sites if site.kind == "channels"]
-    recorder = _Recorder({site.name: SiteRecord([], [ConsumerRecord() for _ in site.consumers]) for site in channels}, importance or {})
+    recorder = _Recorder({site.name: SiteRecord([], [ConsumerRecord() for _ in site.consumers]) for site in channels})
     for chunk in chunks:
         attachment.visit(recorder, chunk.args, chunk.kwargs)
     return recorder.records
@@ -190,8 +184,8 @@ def _relative(contributions: Tensor) -> Tensor:
 
 
 class _Recorder(Visitor):
-    def __init__(self, records: dict[str, SiteRecord], importance: Importance | None = None):
-        self.records, self.importance = records, importance or {}
+    def __init__(self, records: dict[str, SiteRecord]):
+        self.records = records
         self.pooled: dict[str, list[Tensor]] = {}
 
     def gate_input(self, site: Site, x: Tensor, channel_dim: int) -> None:
@@ -213,9 +207,7 @@ class _Recorder(Visitor):
         if site.name in self.records and len(self.records[site.name].consumers[index].sums) == 1:
             consumer, groups = self.records[site.name].consumers[index], getattr(module, "groups", 1)
             weight = weight_matrix(module, site.consumers[index].transposed).float()
-            matters = self.importance.get((site.name, index))
-            weighed = weight if matters is None else weight * matters.reshape(-1, *[1] * (weight.dim() - 1))
-            consumer.norms = column_norms(weighed, site.num_channels, groups)
+            consumer.norms = column_norms(weight, site.num_channels, groups)
             products = weight[0].numel() * groups / site.num_channels * y[0].numel() / y.shape[channel_dim]  # per channel and output
             consumer.can_compensate = products * COMPENSATION_COST >= 1
         return y

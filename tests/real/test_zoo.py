@@ -29,7 +29,7 @@ def evaluation() -> ModuleType:
 @pytest.fixture(scope="module", params=TABLES, ids=lambda path: path.stem)
 def trained(request, data) -> tuple[DynamicModel, dict, torch.Tensor, torch.Tensor]:
     path = request.param
-    dm = DynamicModel.load(path.with_suffix(".safetensors"), data.network(f"cifar_{path.stem}")).eval()
+    dm = DynamicModel.load(path.with_suffix(".safetensors"), data.network(f"cifar_{path.stem}"), remeasure=False).eval()
     images, labels = data.cifar10("test")
     return dm, json.loads(path.read_text()), data.cifar_input(images), torch.from_numpy(labels)
 

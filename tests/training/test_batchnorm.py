@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import samples
 from helpers import assert_close
+from patterns import samples
 from torch import nn
 
 from dynprune.errors import InputError

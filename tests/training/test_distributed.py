@@ -33,7 +33,7 @@ def run(script: str, folder: Path) -> list[subprocess.Popen]:
 PREPARE = """
 import torch, torch.distributed as dist
 from torch.nn import functional as F
-from conftest import Net, samples
+from patterns import Net, samples
 from dynprune.runtime.model import DynamicModel
 dist.init_process_group("gloo")
 rank = dist.get_rank()

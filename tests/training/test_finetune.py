@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
-from conftest import Net, samples
 from helpers import assert_close
+from patterns import Net, samples
 
 from dynprune.errors import CheckpointError, InputError, TrainingError
 from dynprune.runtime.model import DynamicModel

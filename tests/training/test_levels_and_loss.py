@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import samples
 from helpers import assert_close
+from patterns import samples
 from torch.nn import functional as F
 
 from dynprune.errors import CalibrationError, InputError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import samples
 from helpers import assert_close
+from patterns import samples
 from torch.nn import functional as F
 
 from dynprune.cli.models import declare_torchvision_operators
