@@ -36,7 +36,7 @@ for x, labels in loader:
 model.eval()
 base = copy.deepcopy(model)
 dm = DynamicModel(model, torch.zeros(1, 1, 12, 12))
-frontier = finetune(dm, loader, epochs=6, target_macs=0.6, gate_lr=0.01, gate_weight=50, levels=8)
+frontier = finetune(dm, loader, epochs=6, target_macs=0.6, gate_lr=0.01, levels=8)
 print(frontier.table())
 print(gate_report(dm, loader, level=0.7))
 
