@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import distributed, nn
 
 
@@ -15,21 +14,19 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-@torch.no_grad()
 def share_from_first(module: nn.Module, value: Any = None) -> Any:
     """Gives the parameters and buffers of the first process to the others, in place, and returns its `value`.
 
     Args:
-        module: of the same names and shapes in every process.
+        module: of the same names in every process, on CPU; buffers whose size is found by training may differ in shape.
         value: anything that can be pickled; only the first process's counts.
     """
-    if rank_and_world()[1] == 1:
+    rank, world = rank_and_world()
+    if world == 1:
         return value
-    for x in module.state_dict().values():
-        whole = x.contiguous()
-        distributed.broadcast(whole, 0)
-        if whole is not x:
-            x.copy_(whole)
-    box = [value]
+    box = [(module.state_dict(), value)] if rank == 0 else [None]
     distributed.broadcast_object_list(box, 0)
-    return box[0]
+    state, value = box[0]
+    if rank > 0:
+        module.load_state_dict(state)
+    return value
