@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,11 @@ def load(path: str | PathLike, model: nn.Module, *, remeasure: bool) -> DynamicM
         )
     try:
         if tuned and given != about["tuned"]:
-            _apply(tuned, model)
-            if fingerprint(model) != about["tuned"]:
+            state = {name: _bits(x) ^ tuned[name] if x.numel() else _bits(x) for name, x in model.state_dict().items()}
+            state = {name: state[name].view(x.dtype).reshape(x.shape) for name, x in model.state_dict().items()}
+            if _fingerprint(state) != about["tuned"]:
                 raise CheckpointError(f"{str(path)!r} is damaged: its weights are not those that were saved.")
+            model.load_state_dict(state)
         args, kwargs = example.from_json(about["example"])
         options = {name: about[name] for name in ("include", "exclude", "group_size", "exact")}
         dm = DynamicModel(model, **options)
@@ -112,8 +115,12 @@ def load(path: str | PathLike, model: nn.Module, *, remeasure: bool) -> DynamicM
 
 def fingerprint(model: nn.Module) -> str:
     """Returns a SHA-256 of the names, shapes, dtypes and values of the model's parameters and buffers."""
+    return _fingerprint(model.state_dict())
+
+
+def _fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -129,14 +136,6 @@ def _differences(base: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     if {name: (x.shape, x.dtype) for name, x in old.items()} != {name: (x.shape, x.dtype) for name, x in new.items()}:
         raise InputError("`base` must be the model as it was before training: its parameters have other names, shapes or types.")
     return {_TUNED + name: _bits(old[name]) ^ _bits(x) for name, x in new.items() if x.numel()}
-
-
-@torch.no_grad()
-def _apply(differences: dict[str, Tensor], model: nn.Module) -> None:
-    """Makes the weights of `model` the tuned ones, in place."""
-    for name, x in model.state_dict().items():
-        if x.numel():
-            x.copy_((_bits(x) ^ differences[name]).view(x.dtype).reshape(x.shape))
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Trainer:
 
     def _step(self, batch: Batch, name: str) -> dict[str, float]:
         self._set_schedules()
-        kept = _foreach_clone(list(self.dm.model.buffers()))
+        kept = _copies(list(self.dm.model.buffers()))
         levels = sandwich_levels(batch.size, tightest=self.tightest, generator=self._generator, device=self._device)
         self.dm.training_levels = levels
         try:
@@ -123,7 +123,7 @@ class Trainer:
             norms = [nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM) for group in (self._trained, self._gates) if group]
             self._check_finite(all(bool(torch.isfinite(norm)) for norm in norms), "gradient", values, name)
         except BaseException:
-            _foreach_restore(list(self.dm.model.buffers()), kept)
+            _restore(list(self.dm.model.buffers()), kept)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             raise
@@ -197,11 +197,11 @@ def _optimizers(model: list[nn.Parameter], gates: list[nn.Parameter], recipe: Re
     return optimizers
 
 
-def _foreach_clone(tensors: list[Tensor]) -> list[Tensor]:
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return [x.clone() for x in tensors]
 
 
 @torch.no_grad()
-def _foreach_restore(tensors: list[Tensor], kept: list[Tensor]) -> None:
+def _restore(tensors: list[Tensor], kept: list[Tensor]) -> None:
     for x, value in zip(tensors, kept, strict=True):
         x.copy_(value)

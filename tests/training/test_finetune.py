@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import assert_close
 from patterns import Net, samples
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dynprune.errors import CheckpointError, InputError, TrainingError
 from dynprune.runtime.model import DynamicModel
@@ -296,5 +298,13 @@ def test_tuned_weights_are_saved_with_the_gates(make_model, loader, tmp_path):
     assert same(DynamicModel.load(path, model).state_dict(), loaded.state_dict()), "the tuned model is taken too"
     with pytest.raises(CheckpointError, match="other parameters"):
         DynamicModel.load(path, Net())
+    with safe_open(path, "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
+    tensors["tuned.head.weight"][5] ^= 1
+    save_file(tensors, path, about)
+    fresh, before = make_model().model, make_model().model.state_dict()
+    with pytest.raises(CheckpointError, match="damaged"):
+        DynamicModel.load(path, fresh)
+    assert same(fresh.state_dict(), before), "a damaged file has changed the model"
     with pytest.raises(InputError, match="base"):
         dm.save(path, base=torch.nn.Linear(2, 2))
