@@ -16,10 +16,10 @@ ENGINE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.in
 demo: $(VENV)/installed
 	$(BIN)/dynprune demo --out demo-output
 
-test: $(VENV)/installed $(VENV)/torchvision
+test: $(VENV)/installed $(VENV)/models
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed $(VENV)/torchvision $(VENV)/bench
+test-all: $(VENV)/installed $(VENV)/models $(VENV)/bench
 	$(BIN)/python -m pytest --slow
 
 build: $(VENV)/build-tools
@@ -34,7 +34,7 @@ sanitize: $(VENV)/installed $(VENV)/build-tools
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=lib \
 	  ../../$(BIN)/python -m pytest --capture=sys -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels
 
-bench: $(VENV)/installed $(VENV)/torchvision $(VENV)/bench
+bench: $(VENV)/installed $(VENV)/models $(VENV)/bench
 	$(BIN)/python bench/bench_models.py
 	$(BIN)/python bench/bench_kernels.py
 	$(BIN)/python bench/bench_overhead.py
@@ -65,9 +65,11 @@ $(VENV)/build-tools: $(VENV)/torch
 	$(BIN)/pip install -q 'setuptools>=77' wheel 'pybind11>=2.13'
 	@touch $@
 
-# Its pin would replace torch; its models need only its Python part, which runs beside any torch. Without it their tests are skipped.
-$(VENV)/torchvision: $(VENV)/installed
-	$(BIN)/pip install -q --no-deps torchvision || echo "torchvision could not be installed; the tests of its models are skipped"
+# Libraries of models, and Lightning. torchvision's pin would replace torch; its models and timm's need only the Python part, which runs
+# beside any torch. Without one of them its tests are skipped.
+$(VENV)/models: $(VENV)/installed
+	$(BIN)/pip install -q --no-deps torchvision timm || echo "torchvision or timm could not be installed; the tests of their models are skipped"
+	$(BIN)/pip install -q transformers lightning || echo "transformers or lightning could not be installed; their tests are skipped"
 	@touch $@
 
 $(VENV)/bench: $(VENV)/installed

@@ -203,8 +203,10 @@ def along(values: Tensor, channel_dim: int, dims: int) -> Tensor:
 
 def _channel_dim(module: nn.Module, shape: tuple[int | None, ...] = (), channels: int = 0) -> int:
     """Returns 1 or -1; `shape` and `channels` of the value decide where the module's type does not."""
+    if type(module).__name__ == "Conv1D":  # of transformers: a linear layer
+        return -1
     channels_first = len(shape) > 2 and shape[1] == channels != shape[-1]  # a layer norm that moves its channels, of timm
-    if (isinstance(module, nn.Linear | nn.LayerNorm) and not channels_first) or type(module).__name__ == "Conv1D":  # of transformers: a linear layer
+    if isinstance(module, nn.Linear | nn.LayerNorm) and not channels_first:
         return -1
     if isinstance(module, _ConvNd | _NormBase) or len(shape) < 3:
         return 1

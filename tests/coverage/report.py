@@ -18,6 +18,7 @@ PAGE = HERE.parents[1] / "docs" / "models.md"
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from survey import TOLERANCE, Coverage, survey  # noqa: E402
+
 from zoo import ARCHITECTURES  # noqa: E402
 
 

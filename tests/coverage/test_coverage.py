@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from survey import survey
+
 from zoo import ARCHITECTURES
 
 QUICK = frozenset({"bert, masked", "gpt2", "llama, shared keys", "whisper", "u-net", "u-net, upsampling", "recommender", "dcgan generator"})

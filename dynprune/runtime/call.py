@@ -1,0 +1,39 @@
+"""What a call holds: its tensors, whether a graph can be captured for the rest, and when its result is due."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dynprune.control.checks import is_number
+from dynprune.errors import InputError
+
+FAR_NS = 2**62
+"""Later than any deadline, in nanoseconds."""
+
+
+def due_at_ns(deadline: float) -> int:
+    if not is_number(deadline):
+        raise InputError(f"`deadline` must be a finite number of seconds on the clock of time.monotonic(), got {deadline!r}.")
+    return min(max(1, int(deadline * 1e9)), FAR_NS)
+
+
+def tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError("The model needs at least one tensor, whose dimension 0 is the batch; got none.")
+    return tensors
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an argument is made of nothing but tensors, values and containers that a graph can be captured for; a cache is not."""
+    if isinstance(value, Tensor | None | bool | int | float | str):
+        return True
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values()))
+    return is_dataclass(value) and all(is_plain(getattr(value, item.name)) for item in fields(value))
