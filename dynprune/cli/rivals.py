@@ -144,6 +144,12 @@ def export_onnx(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) 
     if path.exists():
         return
     chatter = io.StringIO()
-    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(contextlib.redirect_stdout(chatter))
+        stack.enter_context(contextlib.redirect_stderr(chatter))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused operation of nn.MultiheadAttention has no ONNX form
         warnings.simplefilter("ignore")
         torch.onnx.export(model, inputs, path, dynamo=False, opset_version=ONNX_OPSET)

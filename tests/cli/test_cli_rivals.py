@@ -29,6 +29,16 @@ def test_rival_gives_the_models_output(name):
     torch.testing.assert_close(output, model(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_rival_takes_pytorchs_fused_attention():
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(1, 5, 16)
+    with built_rivals(("onnxruntime",), model, (x,), threads=1) as (rival,):
+        assert rival.reason == ""
+        output = torch.as_tensor(rival.run())
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.testing.assert_close(output, model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_rival_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with built_rivals(("onnxruntime", "eager"), small_model(), (torch.randn(1, 3, 8, 8),), threads=1) as (onnxruntime, eager):
