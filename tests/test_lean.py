@@ -13,7 +13,7 @@ from test_executor import give_costs, wide_input, wide_model
 from dynprune.control.monitor import ResourceMonitor
 from dynprune.control.pressure import PressurePolicy, ResourceSample
 from dynprune.errors import InputError
-from dynprune.runtime import model as model_module
+from dynprune.runtime import governed
 from dynprune.runtime.model import DynamicModel
 
 
@@ -117,7 +117,7 @@ def test_memory_pressure_acts_on_memory_first_and_then_on_the_level(dm, monkeypa
     assert dm.lean, "within the band"
     monitor.report(memory_pressure=0.5)
     assert dm.lean, "calm for too short a time"
-    monkeypatch.setattr(model_module, "_CALM_NS", 0)
+    monkeypatch.setattr(governed, "_CALM_NS", 0)
     time.sleep(0.001)
     monitor.report(memory_pressure=0.5)
     assert not dm.lean
@@ -131,7 +131,7 @@ def test_a_lean_model_at_rest_lets_go_of_its_workspaces(dm, monkeypatch):
     dm.attach_monitor(monitor)
     want = dm(wide_input())
     monitor.report(memory_pressure=0.82)
-    monkeypatch.setattr(model_module, "_CALM_NS", 0)
+    monkeypatch.setattr(governed, "_CALM_NS", 0)
     time.sleep(0.001)
     monitor.report(memory_pressure=0.82)
     assert close(dm(wide_input()), want)

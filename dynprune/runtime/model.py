@@ -154,7 +154,8 @@ class DynamicModel(Governed):
             limit_ms = min(controller.budget_ms, (due_ns - began_ns) * 1e-6)
             due_ns, slowdown = max(1, began_ns + int(limit_ms * 1e6)), controller.pace
         engine = session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
-        outputs, execution = engine.run(inputs, level=level, deadline_ns=due_ns % FAR_NS, slowdown=slowdown, num_threads=threads)
+        deadline_ns = due_ns if due_ns < FAR_NS // 2 else 0
+        outputs, execution = engine.run(inputs, level=level, deadline_ns=deadline_ns, slowdown=slowdown, num_threads=threads)
         result = session.pack(outputs)
         latency_ms = (time.monotonic_ns() - began_ns) * 1e-6
         self._last_call = LastCall(level, execution.level, threads or self._num_threads)
