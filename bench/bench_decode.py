@@ -1,8 +1,9 @@
-"""Times the gated MLP of a decoder for one token against PyTorch: dense, and with a share of its neurons; outputs checked.
+"""Times the gated MLP of a decoder for one token against PyTorch: dense, with a share of its neurons, and by thresholds on its inputs.
 
     python bench/bench_decode.py --sizes 4096x11008,2048x5632 --keep 0.75,0.5,0.25
 
-A SwiGLU MLP as Llama's, f32, random weights, random single neurons. Reading the weights is what takes the time.
+A SwiGLU MLP as Llama's, f32, random weights. "keep" runs random single neurons; "inputs" leaves out the smallest inputs of each layer, as a
+calibrated decoder does for single tokens, thresholds included. Reading the weights is what takes the time. Outputs are checked.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dynprune.cli.bench import relative_error
 from dynprune.cli.machine import describe_machine
 from dynprune.cli.models import positive_int
 from dynprune.cli.table import format_table
+from dynprune.runtime.engine import Engine
+from dynprune.runtime.thinning import thinned
 from dynprune.timing import measure_interleaved
 
 
@@ -33,6 +36,18 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def thin_engine(model: SwiGLU, x: Tensor, keeps: list[float], threads: int) -> Engine:
+    """Returns an engine that keeps share i of the inputs of each layer at level (i + 1) / len(keeps)."""
+    plan = DynamicModel(model, x, include=()).plan
+    inner = F.silu(model.gate(x)) * model.up(x)
+    shares = 1 - torch.tensor(keeps)
+    curves = {
+        name: torch.cat([torch.tensor([-1.0]), value.abs().flatten().quantile(shares)])
+        for name, value in (("gate", x), ("up", x), ("down", inner))
+    }
+    return Engine(*thinned(plan, curves), num_threads=threads)
+
+
 def rows_of(hidden: int, inner: int, keeps: list[float], threads: int, seconds: float) -> list[list[str]]:
     """Returns the table's rows of one size."""
     torch.manual_seed(0)
@@ -43,8 +58,10 @@ def rows_of(hidden: int, inner: int, keeps: list[float], threads: int, seconds: 
     engine, (site,) = dm.engine_for(x), dm.sites
     lists = {keep: {site.name: [np.sort(generator.permutation(inner)[: round(keep * inner)])]} for keep in keeps}
     error = relative_error(dm(x), model(x))
+    thin = thin_engine(model, x, keeps, threads)
     functions = {"PyTorch": lambda: model(x), "dense": lambda: engine.run([x])}
     functions |= {f"keep {keep:g}": lambda keep=keep: engine.run([x], active=lists[keep]) for keep in keeps}
+    functions |= {f"inputs {keep:g}": lambda i=i: thin.run([x], level=(i + 1) / len(keeps)) for i, keep in enumerate(keeps)}
     times = measure_interleaved(functions, seconds=seconds)
     dense = times["dense"].median_ms
     size = f"{hidden}x{inner}"

@@ -155,7 +155,6 @@ class _Interpreter:
             return
         self.write(step, sample, activated(step, OPS[step.op](step, operands)))
 
-
     def run_heads(self, step: Step, sample: int) -> None:
         """Attention of which a site owns the heads: those that run stand first in every group, in queries, output and maybe keys."""
         outer, heads = step.ints.get("outer", [1])[0], step.ints["heads"][0]

@@ -118,6 +118,44 @@ def test_decoding_runs_gated_mlps_on_the_engine(decoder, monkeypatch) -> None:
     assert [vars(module).get("forward") for module in dm.model.modules()] == forwards
 
 
+def with_token_curves(decoder: DynamicModel, tmp_path) -> DynamicModel:
+    """A decoder as it is after a calibration, saved and loaded: gates that skip, and thresholds for single tokens."""
+    dm = copy.deepcopy(decoder)
+    for site in dm.sites:
+        if "mlp" in site.name:
+            dm.gate(site.name).token_curves = torch.tensor([[-1.0, 0.5, 1.0], [-1.0, 1e-4, 3e-4]])
+    dm.save(tmp_path / "decoder")
+    return DynamicModel.load(tmp_path / "decoder", dm.model)
+
+
+def test_single_tokens_leave_out_small_inputs_of_mlps_and_nothing_else(decoder, tmp_path) -> None:
+    dm = with_token_curves(decoder, tmp_path)
+    dm.level = 1.0
+    prompt, cache = ids(2, 6), transformers.DynamicCache()
+    first = dm(input_ids=prompt, past_key_values=cache, use_cache=True)
+    assert torch.allclose(first.logits, dm.model(prompt).logits, atol=1e-5), "a prompt with a cache runs whole"
+    second = dm(input_ids=ids(2, 1, seed=5), past_key_values=cache, use_cache=True)
+
+    def small(limit: float):
+        return lambda _, args: (args[0] * (args[0].abs() > limit),)
+
+    own = transformers.DynamicCache()
+    dm.model(input_ids=prompt, past_key_values=own, use_cache=True)
+    handles = [
+        getattr(layer.mlp, name).register_forward_pre_hook(small(3e-4 if name == "down_proj" else 1.0))
+        for layer in dm.model.model.layers
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    try:
+        masked = dm.model(input_ids=ids(2, 1, seed=5), past_key_values=own, use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.allclose(second.logits, masked.logits, atol=1e-5)
+    whole = dm.model(input_ids=torch.cat([prompt, ids(2, 1, seed=5)], 1)).logits[:, -1:]
+    assert not torch.allclose(second.logits, whole, atol=1e-3), "nothing was left out"
+
+
 def test_a_cache_that_comes_back_runs_in_pytorch_and_says_so(decoder) -> None:
     dm = copy.deepcopy(decoder)
     with pytest.warns(RuntimeWarning, match="run in PyTorch"):

@@ -1,6 +1,7 @@
 #include "plan/gate.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -95,6 +96,8 @@ GateOp::GateOp(StepSpec spec, const KernelTable& kernels, const std::vector<Site
   site_spec_ = sites[site_];
   const Rows& pooled = reader.input(0);
   reader.check(pooled.positions == 1 && pooled.row_stride == 1, "the pooled input must be one contiguous value per channel");
+  by_magnitude_ = reader.integer("by_magnitude", 0) != 0;
+  reader.check(!by_magnitude_ || pooled.rows == site_spec_.num_groups(), "by_magnitude needs one input per group");
   parameters_.in_features = pooled.rows;
   parameters_.bias.assign(site_spec_.num_groups(), 0.0f);
   parameters_.up.clear();
@@ -156,7 +159,10 @@ void GateOp::compute(const RunView& run, int64_t sample, int64_t /*part*/, float
   }
   float* scores = scratch + 16 + num_groups;
   const float* bias = parameters_.bias.data();
-  if (parameters_.rank > 0) {
+  if (by_magnitude_) {
+    const float* x = run.row(spec_.inputs[0], sample, 0);
+    for (int64_t g = 0; g < num_groups; ++g) scores[g] = std::fabs(x[g]);
+  } else if (parameters_.rank > 0) {
     float* hidden = scores + num_groups;
     kernels_.dot_rows({parameters_.rank, parameters_.in_features, parameters_.down.data(), parameters_.in_features, nullptr, 0,
                        run.row(spec_.inputs[0], sample, 0), nullptr, hidden});

@@ -20,6 +20,7 @@ struct SiteSpec {
 };
 
 // A gate as calibration or training left it: score = up * (down * pooled) + bias, a group runs when its score > the curve at the level.
+// Of a gate step with ints "by_magnitude" the score of a channel is the magnitude of its input, and the matrices do not count.
 struct GateParameters {
   int64_t in_features = 0;
   int64_t rank = 0;
@@ -94,6 +95,7 @@ class GateOp final : public Op {
   const KernelTable& kernels_;
   int64_t site_;
   SiteSpec site_spec_;
+  bool by_magnitude_;
   GateParameters parameters_;
 };
 

@@ -154,6 +154,8 @@ class ChannelGate(Gate):
     Attributes:
         channel_means: f32 buffer (num_consumers, num_channels), what each channel is, on average, for each consumer when skipped.
         compensated: bool buffer (num_consumers,), whether a consumer's output gets what skipped channels would add at these means.
+        token_curves: f32 buffer (2, levels), for steps of one token the magnitude above which an input of the producers, and one of the
+            consumers, counts at each level; see `runtime.thinning`. (2, 0) where no calibration has set it.
     """
 
     def __init__(
@@ -172,6 +174,13 @@ class ChannelGate(Gate):
             raise InputError(f"`num_channels` must be a multiple of num_groups={num_groups}, got {num_channels}.")
         self.register_buffer("channel_means", torch.zeros(num_consumers, num_channels))
         self.register_buffer("compensated", torch.zeros(num_consumers, dtype=torch.bool))
+        self.register_buffer("token_curves", torch.zeros(2, 0))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        curves = state_dict.setdefault(prefix + "token_curves", self.token_curves[:, :0])  # files of older versions lack it
+        if curves.dim() == 2 and len(curves) == 2:
+            self.token_curves = self.token_curves.new_empty(curves.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class BranchGate(Gate):

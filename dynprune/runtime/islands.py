@@ -2,7 +2,8 @@
 
 Such a call hands over a cache, which no captured graph can hold, so the model runs in PyTorch. Its gated MLPs are modules from one
 tensor to one tensor; for one token each is a few matrix-vector products bound by reading weights, and there the engine reads only
-the rows of the neurons that the token needs.
+what the token needs: with thresholds that a calibration set for single tokens, the columns of inputs above them (`thinning`);
+otherwise the neurons that the gates choose.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from dynprune.errors import DynpruneError
 from dynprune.gates.heads import Gate
 from dynprune.graph.capture import Graph
 from dynprune.graph.sites import Site
+from dynprune.runtime.engine import Engine
 from dynprune.runtime.session import Session, sites_in_common
+from dynprune.runtime.thinning import thinned
 
 
 class Islands:
@@ -35,26 +38,29 @@ class Islands:
     Attributes:
         paths: of the modules that are islands: the innermost ones that hold all of a channel site, are called once, with one tensor in
             and one out, and run wholly on the engine.
+        by_token: whether the islands have thresholds for single tokens. The rest of the model then runs whole: its gates would save
+            nothing there.
     """
 
-    def __init__(
-        self, model: nn.Module, graph: Graph, sites: Sequence[Site], gates: Mapping[str, Gate], *, exact: bool, num_threads: int
-    ):
+    def __init__(self, model: nn.Module, graph: Graph, sites: Sequence[Site], gates: Mapping[str, Gate], *, exact: bool, num_threads: int):
         self._model = model
         self._gates = gates
         self._exact = exact
         self._num_threads = num_threads
         self._sessions: dict[str, Session] = {}
+        self._engines: dict[str, Engine] = {}
         self._lock = threading.RLock()
         self._sites: defaultdict[str, dict[str, Site]] = defaultdict(dict)
         for site in sites:
             path = _home(site)
-            if path and path in graph.tensor_modules and graph.call_counts.get(path) == 1:
+            if path and path in graph.tensor_modules and graph.call_counts.get(path) == 1 and not site.is_heads:
                 self._sites[path][site.name.removeprefix(f"{path}.")] = site
+        self.by_token = any(self._has_curves(known) for known in self._sites.values())
         for path, known in self._sites.items():
-            session = self._capture(path, known)
+            session = self._capture(path, known) if self._has_curves(known) or not self.by_token else None
             if session is not None:
                 self._sessions[path] = session
+                self._engines[path] = self._engine(path, session, known)
         self.paths = tuple(self._sessions)
 
     def run(self, call: Callable[[], Any], level: float) -> Any:
@@ -74,13 +80,11 @@ class Islands:
                         module.forward = saved[path]
 
     def _on_engine(self, path: str, forward: Callable[..., Any], level: float) -> Callable[..., Any]:
-        session = self._sessions[path]
-        gates = {name: self._gates[site.name] for name, site in self._sites[path].items()}
+        session, engine = self._sessions[path], self._engines[path]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if len(args) != 1 or kwargs or not _is_one_token(args[0]):
                 return forward(*args, **kwargs)
-            engine = session.engine(gates, costs=None, num_threads=self._num_threads)
             outputs, _ = engine.run(args, level=level)
             return session.pack(outputs)
 
@@ -95,9 +99,23 @@ class Islands:
             session = Session(self._model.get_submodule(path), (token,), {}, **options)
         except DynpruneError:
             return None
-        session.sites = sites_in_common(session.sites, known)
-        whole = len(session.sites.sites) == len(known) and all(step.torch_call is None for step in session.plan.steps)
-        return session if whole else None
+        session.sites = sites_in_common(session.sites, {} if self.by_token else known)
+        whole = self.by_token or len(session.sites.sites) == len(known)
+        return session if whole and all(step.torch_call is None for step in session.plan.steps) else None
+
+    def _has_curves(self, known: Mapping[str, Site]) -> bool:
+        return all(self._gates[site.name].token_curves.numel() for site in known.values())
+
+    def _engine(self, path: str, session: Session, known: Mapping[str, Site]) -> Engine:
+        if not self.by_token:
+            gates = {name: self._gates[site.name] for name, site in known.items()}
+            return session.engine(gates, costs=None, num_threads=self._num_threads)
+        curves = {}
+        for site in known.values():
+            makes, reads = self._gates[site.name].token_curves
+            curves |= {name.removeprefix(f"{path}."): makes for name in site.producers}
+            curves |= {consumer.module_path.removeprefix(f"{path}."): reads for consumer in site.consumers}
+        return Engine(*thinned(session.plan, curves), num_threads=self._num_threads)
 
 
 def _home(site: Site) -> str:

@@ -448,6 +448,8 @@ class DynamicModel(Governed):
             session = self._captured()
             options = {"exact": self.exact, "num_threads": self._num_threads}
             self._islands = Islands(self.model, session.graph, self.sites, self._gate_of, **options)
+        if self._islands.by_token:
+            return self._islands.run(partial(self.model, *args, **kwargs), level)
         return self._islands.run(call, level)[0]
 
     def _check_captured(self) -> None:

@@ -36,6 +36,7 @@ from dynprune.training.sensitivity import (
     joint_agreement,
     joint_thresholds,
 )
+from dynprune.training.tokens import set_token_curves
 
 SENSITIVITY_MACS = 8e11
 """Multiply-adds for gating each site alone, some 15 s of two idle cores; with the next two it decides how many samples are used."""
@@ -224,6 +225,7 @@ class Calibration:
             accuracies.append(self._accuracy(chunks, [output for output, _ in results], references))
         for name, frequency in kept.items():
             self.attachment.gate(name).record_frequency(torch.stack(frequency))
+        set_token_curves(self.attachment, self.fitted, splittable=self.splittable)
         self.input_dependent = any(bool(((f[-1] > 0) & (f[-1] < 1)).any()) for f in kept.values())
         batch = self.plan.fixed_batch or 1
         costs, skip_rates = fit_to_latencies(self.plan, table, shares, [ms / batch for ms in latencies_ms])

@@ -211,7 +211,9 @@ def test_threads_do_not_change_the_result(isa, num_threads, in_kind):
     ConvCase(shape, 2, in_kind, in_kind, seed=11).check(isa, num_threads)
 
 
-def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2, compensation=False, num_threads=1, zeros=None):
+def linear_case(
+    isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2, compensation=False, num_threads=1, zeros=None, whole_input=False
+):
     rng = np.random.default_rng(3)
     torch.manual_seed(3)
     channels = features // repeat
@@ -226,7 +228,7 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
     for sample in range(batch):
         chosen = np.arange(channels) if in_lists is None else in_lists[sample]
         columns = (np.asarray(chosen, dtype=np.int64)[:, None] * repeat + np.arange(repeat)).reshape(-1)
-        buffer[sample, : len(columns)] = x[sample, columns].numpy()
+        buffer[sample, columns if whole_input else slice(len(columns))] = x[sample, columns].numpy()
         y = (weight[:, columns].double() @ x[sample, columns].double()).float() + bias
         if compensation:
             mean_input = means.repeat_interleave(repeat)
@@ -249,6 +251,7 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
             "out_features": [outputs],
             "repeat": [repeat],
             "sparse": [int(zeros is not None)],
+            "whole_input": [int(whole_input)],
             "activation": [8],
         },
         "constants": {"weight": weight.numpy(), "bias": bias.numpy()},
@@ -268,6 +271,12 @@ def linear_case(isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2,
 @pytest.mark.parametrize("features,outputs", [(1, 1), (17, 33), (64, 300)])
 def test_linear_equals_pytorch(isa, features, outputs, in_kind, out_kind):
     linear_case(isa, features, outputs, in_kind, out_kind)
+
+
+@pytest.mark.parametrize("in_kind", LIST_KINDS)
+@pytest.mark.parametrize("options", [{}, {"compensation": True}, {"num_threads": 3}], ids=["plain", "compensated", "threads"])
+def test_linear_of_an_input_that_is_there_as_a_whole(isa, in_kind, options):
+    linear_case(isa, 70, 300, in_kind, None, whole_input=True, **options)
 
 
 @pytest.mark.parametrize("in_kind", [None, *LIST_KINDS])

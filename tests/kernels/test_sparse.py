@@ -77,6 +77,7 @@ def test_linear_equals_pytorch(isa, features, outputs, in_kind, zeros):
 def test_linear_after_flatten_and_compensated(isa, in_kind):
     linear_case(isa, 6 * 49, 500, in_kind, "random", repeat=49, num_threads=2, zeros=scattered)
     linear_case(isa, 40, 70, in_kind, None, compensation=True, zeros=scattered)
+    linear_case(isa, 40, 70, in_kind, None, whole_input=True, zeros=scattered)
 
 
 def test_groups_are_refused(isa):

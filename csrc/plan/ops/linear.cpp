@@ -2,6 +2,7 @@
 //
 // Without an input list a weight row is contiguous and each output is a dot product. With one, the weight is kept transposed in panels
 // of some outputs, so that an input that does not run is a row not read and the rows that are read follow each other in memory.
+// With "whole_input" all inputs are there and the list alone says which of them count; otherwise only those that run are stored.
 // A sparse weight multiplies the whole input, with zeros where it does not run.
 //
 // Skipped channels at their means m: y = bias + W m + sum over the active c of w_c (x_c - m_c), which costs no more than without.
@@ -33,6 +34,8 @@ class LinearOp final : public Op, public Compensated {
     bias_ = reader.constant("bias", {out_});
     activation_ = reader.activation();
     sparse_ = reader.integer("sparse", 0) != 0;
+    whole_input_ = reader.integer("whole_input", 0) != 0;
+    reader.check(!whole_input_ || (spec_.in_site >= 0 && repeat_ == 1), "whole_input needs a gated input without repeats");
     // 50 us of a core that streams 10 GB/s of weights.
     constexpr int64_t kChunkWeights = 125'000;
     constexpr int64_t kMinOutputs = 64;
@@ -159,7 +162,11 @@ class LinearOp final : public Op, public Compensated {
 
   void gather_input(const RunView& run, int64_t sample, int64_t count, float* x) const {
     const float* in = run.row(x_, sample, 0);
-    if (x_.positions > 1 || x_.row_stride == 1) {
+    if (whole_input_) {
+      const int32_t* active = run.active(spec_.in_site, sample).index;
+      const int64_t stride = x_.positions > 1 ? 1 : x_.row_stride;
+      for (int64_t j = 0; j < count; ++j) x[j] = in[active[j] * stride];
+    } else if (x_.positions > 1 || x_.row_stride == 1) {
       std::memcpy(x, in, count * repeat_ * sizeof(float));
     } else {
       for (int64_t i = 0; i < count * repeat_; ++i) x[i] = in[i * x_.row_stride];
@@ -199,6 +206,7 @@ class LinearOp final : public Op, public Compensated {
   ActivationSpec activation_;
   AlignedBuffer<float> transposed_;
   bool sparse_ = false;
+  bool whole_input_ = false;
   CsrWeight nonzeros_;
   int64_t panel_;
   int64_t parts_;
