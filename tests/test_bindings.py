@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dynprune.runtime import _C
 
@@ -209,8 +211,11 @@ def run_plan(spec: dict, rng: random.Random, spoiled: bool) -> bool:
             workspace.begin(maybe(0.5), maybe(0), maybe(1.0))
         else:
             workspace.begin_given(maybe([[[0], [], [0]], [[0, 2], [], [0, 1, 2, 3]]]))
-        for number, buffer in ((0, x), (3, y)):
-            workspace.bind(maybe(number), buffer.ctypes.data, buffer.shape[1], buffer)
+        buffers = [(maybe(number), buffer.ctypes.data, buffer.shape[1], buffer) for number, buffer in ((0, x), (3, y))]
+        if rng.random() < 0.5:
+            workspace.infer(maybe(buffers), maybe(0.5), maybe(0), maybe(1.0), maybe(2))
+        for buffer in buffers:
+            workspace.bind(*buffer)
         workspace.run(maybe(0), maybe(5), maybe(2))
         workspace.counts(), workspace.executed(), workspace.step_ms(), workspace.overtaken(), plan.chunks(), plan.arena_bytes(1)
         workspace.active(maybe(1), maybe(2))
@@ -248,6 +253,14 @@ def test_good_steps_run(number: int, isa: str) -> None:
 def test_a_good_plan_runs() -> None:
     for seed in range(4):
         assert not run_plan(good_plan(), random.Random(seed), spoiled=False)
+
+
+def test_what_is_not_a_tensor_has_no_version() -> None:
+    version = inspect.getattr_static(torch.Tensor, "_version")
+    assert _C.version_sum((torch.ones(2).mul_(2), torch.nn.Parameter(torch.ones(3))), version) == 1
+    for tensors, attribute in (((1,), version), ((torch.ones(2), object()), version), ((torch.ones(2),), 5), ((torch.ones(2),), int.real)):
+        with pytest.raises(TypeError):
+            _C.version_sum(tensors, attribute)
 
 
 @pytest.mark.parametrize("what", ("steps", "plans"))

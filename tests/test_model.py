@@ -564,6 +564,15 @@ def test_a_budget_ends_before_a_later_deadline_and_after_an_earlier_one(costed) 
         costed.set_latency_budget(None)
 
 
+def test_the_last_call_tells_how_long_the_engine_took(shared) -> None:
+    for batch in (1, 40):  # the latter runs in three groups
+        began = time.monotonic()
+        shared(images(batch))
+        taken_ms = (time.monotonic() - began) * 1e3
+        assert 0 < shared.last_call.engine_ms < taken_ms
+        assert shared.last_call.engine_ms > 0.1 * taken_ms
+
+
 def test_a_deadline_picks_the_level_without_a_budget(costed) -> None:
     costed.reset_stats()
     costed(images(1), deadline=time.monotonic() + 60)

@@ -12,23 +12,22 @@ import pytest
 import torch
 
 from dynprune.runtime.model import DynamicModel
-from dynprune.runtime.statistics import WINDOW, StatsRecorder
+from dynprune.runtime.statistics import WINDOW, StatsRecorder, Totals
+
+AB = Totals(50.0, ("a", "b"), np.array([2, 2]))
 
 
-def add(recorder: StatsRecorder, **changes) -> None:
+def add(recorder: StatsRecorder, totals: Totals = AB, **changes) -> None:
     call = {
         "samples": 2,
         "latency_ms": 10.0,
         "macs": 60.0,
-        "all_macs": 100.0,
-        "sites": ("a", "b"),
         "ran": np.array([[2, 1], [0, 1]]),
-        "could": np.array([2, 2]),
         "level": 0.5,
         "missed": False,
         "guard_actions": 0,
     }
-    recorder.add(**(call | changes))
+    recorder.add(totals, **(call | changes))
 
 
 def summary(recorder: StatsRecorder):
@@ -45,7 +44,7 @@ def test_before_the_first_call() -> None:
 def test_calls_add_up_weighted_by_their_work() -> None:
     recorder = StatsRecorder()
     add(recorder)
-    add(recorder, samples=1, macs=10.0, all_macs=50.0, ran=np.array([[0], [2]]), level=1.0, missed=True, guard_actions=3)
+    add(recorder, samples=1, macs=10.0, ran=np.array([[0], [2]]), level=1.0, missed=True, guard_actions=3)
     stats = recorder.summary(level=0.0, budget_ms=7.0)
     assert (stats.inferences, stats.samples, stats.budget_misses, stats.guard_actions, stats.level) == (2, 3, 1, 3, 1.0)
     assert stats.skip_rate == pytest.approx(1 - 70 / 150)
@@ -56,8 +55,8 @@ def test_calls_add_up_weighted_by_their_work() -> None:
 def test_sites_of_different_plans_add_up_by_name() -> None:
     recorder = StatsRecorder()
     add(recorder)
-    add(recorder, sites=("b",), ran=np.array([[1, 3]]), could=np.array([2]))
-    add(recorder, sites=(), ran=np.zeros((0, 1), int), could=np.zeros(0, int))
+    add(recorder, Totals(50.0, ("b",), np.array([2])), ran=np.array([[1, 3]]))
+    add(recorder, Totals(50.0, (), np.zeros(0, int)), ran=np.zeros((0, 1), int))
     assert summary(recorder).site_skip_rates == pytest.approx({"a": 1 / 4, "b": 3 / 8})
 
 

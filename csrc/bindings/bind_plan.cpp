@@ -7,7 +7,9 @@
 #include <iterator>
 #include <new>
 #include <stdexcept>
+#include <tuple>
 
+#include "base/spin.h"
 #include "bindings/read_spec.h"
 #include "bindings/without_gil.h"
 #include "dispatch.h"
@@ -24,6 +26,7 @@ std::vector<float> to_vector(const FloatArray& array) { return {array.data(), ar
 struct PyWorkspace {
   std::shared_ptr<KeptAlive> bound;
   std::shared_ptr<Workspace> workspace;
+  int64_t run_ns = 0;  // in run() since the inference began
 };
 
 class PyPlan {
@@ -155,6 +158,7 @@ void bind(PyWorkspace& self, int64_t buffer, uintptr_t address, int64_t sample_s
 void begin(PyWorkspace& self, float level, int64_t deadline_ns, float slowdown) {
   if (!(level >= 0.0f && level <= 1.0f)) throw std::invalid_argument("level must be in [0, 1], got " + std::to_string(level) + ".");
   self.bound->clear();
+  self.run_ns = 0;
   self.workspace->gates().begin(level, deadline_ns, slowdown);
 }
 
@@ -183,6 +187,7 @@ void begin_given(PyWorkspace& self, const std::vector<std::optional<std::vector<
     }
   }
   self.bound->clear();
+  self.run_ns = 0;
   GateState& gates = self.workspace->gates();
   gates.begin_given();
   for (size_t s = 0; s < active.size(); ++s) {
@@ -202,7 +207,11 @@ void run(PyWorkspace& self, int64_t first, int64_t last, int num_threads) {
     if (plan.op(step) == nullptr) throw std::invalid_argument("step " + std::to_string(step) + " is not the engine's to run.");
   }
   if (!self.workspace->all_bound()) throw std::invalid_argument("bind every input and output before a run.");
-  without_gil([&] { self.workspace->run(first, last, num_threads); });
+  without_gil([&] {
+    const int64_t began_ns = now_ns();
+    self.workspace->run(first, last, num_threads);
+    self.run_ns += now_ns() - began_ns;
+  });
 }
 
 // How many rows of each site ran, per sample: int64 (sites, batch).
@@ -226,11 +235,24 @@ std::vector<int32_t> active(PyWorkspace& self, int64_t site, int64_t sample) {
   return {list.index, list.index + list.count};
 }
 
-// Multiply-adds and milliseconds predicted for what ran, the level at the end, and how often the deadline raised it.
-std::tuple<double, double, float, int64_t> executed(PyWorkspace& self) {
+// Multiply-adds and milliseconds predicted for what ran, the level at the end, how often the deadline raised it, and milliseconds in run().
+std::tuple<double, double, float, int64_t, double> executed(PyWorkspace& self) {
   const GateState& gates = self.workspace->gates();
   const Executed total = self.workspace->plan().executed(gates, self.workspace->batch());
-  return {total.macs, total.predicted_ns * 1e-6, gates.level(), gates.guard_actions()};
+  return {total.macs, total.predicted_ns * 1e-6, gates.level(), gates.guard_actions(), static_cast<double>(self.run_ns) * 1e-6};
+}
+
+// A whole inference in one call, for plans that leave no step to Python: `buffers` are the arguments of bind(), one tuple for each. Gives
+// what executed() and counts() do.
+py::tuple infer(PyWorkspace& self, const py::list& buffers, float level, int64_t deadline_ns, float slowdown, int num_threads) {
+  begin(self, level, deadline_ns, slowdown);
+  for (const py::handle item : buffers) {
+    auto [buffer, address, sample_stride, owner] = item.cast<std::tuple<int64_t, uintptr_t, int64_t, py::object>>();
+    bind(self, buffer, address, sample_stride, std::move(owner));
+  }
+  run(self, 0, self.workspace->plan().num_steps(), num_threads);
+  const auto [macs, predicted_ms, end_level, guard_actions, run_ms] = executed(self);
+  return py::make_tuple(macs, predicted_ms, end_level, guard_actions, run_ms, counts(self));
 }
 
 std::vector<double> step_ms(PyWorkspace& self) {
@@ -247,6 +269,7 @@ void bind_plan(py::module_& m) {
       .def("begin", &begin, py::arg("level"), py::arg("deadline_ns") = 0, py::arg("slowdown") = 1.0f)
       .def("begin_given", &begin_given, py::arg("active"))
       .def("run", &run, py::arg("first"), py::arg("last"), py::arg("num_threads"))
+      .def("infer", &infer, py::arg("buffers"), py::arg("level"), py::arg("deadline_ns"), py::arg("slowdown"), py::arg("num_threads"))
       .def("counts", &counts)
       .def("active", &active, py::arg("site"), py::arg("sample"))
       .def("executed", &executed)

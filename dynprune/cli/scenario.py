@@ -191,7 +191,7 @@ def _caller(dm: DynamicModel, inputs: Sequence[tuple]) -> Callable[[int], Call]:
 
     def call(number: int) -> Call:
         dm(*next(turn))
-        level, end_level, threads = dm.last_call
+        level, end_level, threads, _ = dm.last_call
         return Call(level, end_level, threads)
 
     return call

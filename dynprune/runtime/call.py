@@ -13,6 +13,7 @@ from dynprune.errors import InputError
 
 FAR_NS = 2**62
 """Later than any deadline, in nanoseconds."""
+_PLAIN = (Tensor, type(None), bool, int, float, str)
 
 
 def due_at_ns(deadline: float) -> int:
@@ -28,11 +29,19 @@ def tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
     return tensors
 
 
+def is_plain_call(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether all arguments are plain, see `is_plain`."""
+    for value in args:
+        if not is_plain(value):
+            return False
+    return not kwargs or is_plain(kwargs)
+
+
 def is_plain(value: Any) -> bool:
     """Whether an argument is made of nothing but tensors, values and containers that a graph can be captured for; a cache is not."""
-    if isinstance(value, Tensor | None | bool | int | float | str):
+    if isinstance(value, _PLAIN):
         return True
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         return all(map(is_plain, value))
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))

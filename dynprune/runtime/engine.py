@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +24,7 @@ MAX_GROUP = 16
 """Larger batches run in groups of at most this many samples, so that the arena stays small; a plan with PyTorch steps runs whole."""
 
 
-@dataclass(frozen=True)
-class Execution:
+class Execution(NamedTuple):
     """What one inference executed.
 
     Attributes:
@@ -35,6 +32,7 @@ class Execution:
         predicted_ms: the cost table's time for it; 0 where there is no table.
         level: at the end; higher than asked where the deadline raised it.
         guard_actions: how often the deadline raised it.
+        engine_ms: wall time in the engine's own steps.
         counts: rows that ran, int64 (sites of the plan, batch).
     """
 
@@ -42,6 +40,7 @@ class Execution:
     predicted_ms: float
     level: float
     guard_actions: int
+    engine_ms: float
     counts: np.ndarray
 
 
@@ -76,7 +75,7 @@ class Engine:
     ):
         self.plan = plan
         self._max_group = 1 if lean else MAX_GROUP
-        self._turn = threading.Lock() if lean else contextlib.nullcontext()
+        self._turn = threading.Lock() if lean else None
         self.num_threads = num_threads
         self.isa = choose_isa() if isa is None else isa
         try:
@@ -86,6 +85,9 @@ class Engine:
         self._segments = _segments(plan)
         self._torch_steps = any(step.torch_call is not None for step in plan.steps)
         self._buffer_of_input = [view.buffer for view in plan.inputs]
+        self._batch_dim = plan.inputs[0].batch_dim if plan.inputs else 0
+        self._results = [(view.buffer, view.sizes) for view in plan.outputs if isinstance(view, View)]
+        self._in_groups = not self._torch_steps and plan.fixed_batch is None
         self._entries: dict[int, int] = {}  # of the smallest table that the numbers in an input's buffer select from
         for step in plan.steps:
             if step.op == "embedding":
@@ -122,17 +124,17 @@ class Engine:
             InputError: `active` does not fit the sites, or a number lies outside the table that it selects from.
             PlanError: the memory for this batch cannot be had.
         """
-        batch = inputs[0].shape[self.plan.inputs[0].batch_dim] if inputs else 1
+        batch = inputs[0].shape[self._batch_dim] if inputs else 1
         threads = num_threads or self.num_threads
-        if self._torch_steps or self.plan.fixed_batch is not None or batch <= self._max_group:
-            return self._run_group(inputs, batch, level, deadline_ns, slowdown, active, threads)
+        if batch <= self._max_group or not self._in_groups:
+            return self._run_in_turn(inputs, batch, level, deadline_ns, slowdown, active, threads)
         groups = -(-batch // self._max_group)
         results = []
         for i in range(groups):
             first, last = batch * i // groups, batch * (i + 1) // groups
             part = [x[first:last] for x in inputs]
             lists = None if active is None else {name: chosen[first:last] for name, chosen in active.items()}
-            results.append(self._run_group(part, last - first, level, deadline_ns, slowdown, lists, threads))
+            results.append(self._run_in_turn(part, last - first, level, deadline_ns, slowdown, lists, threads))
         return _join(results)
 
     def step_times_ms(self, inputs: Sequence[Tensor], *, active: Mapping[str, Sequence[Sequence[int]]] | None = None) -> list[float]:
@@ -172,34 +174,53 @@ class Engine:
                 f"A batch of {batch} needs {needed / 2**20:.0f} MiB for its activations, which cannot be had; use a smaller batch."
             ) from error
 
-    def _run_group(self, inputs, batch, level, deadline_ns, slowdown, active, threads) -> tuple[list[Any], Execution]:
+    def _run_in_turn(self, *arguments) -> tuple[list[Any], Execution]:
+        if self._turn is None:
+            return self._run_group(*arguments)
         with self._turn:
-            workspace = self._acquire(batch)
-            try:
-                outputs = self._execute(workspace, inputs, batch, level, deadline_ns, slowdown, active, threads)
-                return outputs, _execution(workspace)
-            finally:
-                self._compiled.release(workspace)
+            return self._run_group(*arguments)
+
+    def _run_group(self, inputs, batch, level, deadline_ns, slowdown, active, threads) -> tuple[list[Any], Execution]:
+        workspace = self._acquire(batch)
+        try:
+            if active is None and not self._torch_steps:
+                tensors, buffers = self._buffers(inputs, batch)
+                execution = Execution._make(workspace.infer(buffers, level, deadline_ns, slowdown, threads))
+                return self._outputs(tensors), execution
+            outputs = self._execute(workspace, inputs, batch, level, deadline_ns, slowdown, active, threads)
+            return outputs, _execution(workspace)
+        finally:
+            self._compiled.release(workspace)
 
     def _execute(self, workspace, inputs, batch, level, deadline_ns, slowdown, active, threads) -> list[Any]:
         if active is None:
             workspace.begin(level, deadline_ns, slowdown)
         else:
             self._begin_given(workspace, active)
-        tensors = {}
+        tensors, buffers = self._buffers(inputs, batch)
+        for buffer in buffers:
+            workspace.bind(*buffer)
+        if not self._torch_steps:
+            workspace.run(0, len(self.plan.steps), threads)
+            return self._outputs(tensors)
+        return self._run_segments(workspace, batch, tensors, threads)
+
+    def _buffers(self, inputs: Sequence[Tensor], batch: int) -> tuple[dict[int, Tensor], list[tuple[int, int, int, Tensor]]]:
+        """Returns the tensors of a run's inputs and outputs by buffer, and where they lie: buffer, address, sample stride, tensor."""
+        tensors, buffers = {}, []
         for buffer, x in zip(self._buffer_of_input, inputs, strict=True):
             tensors[buffer] = x = x.contiguous()
             if buffer in self._entries:
                 _check_numbers(x, self._entries[buffer])
-            workspace.bind(buffer, x.data_ptr(), x.numel() * (x.element_size() // 4 or 1) // batch, x)
-        for view in self.plan.outputs:
-            if isinstance(view, View):
-                tensors[view.buffer] = out = torch.empty((batch, *view.sizes))
-                workspace.bind(view.buffer, out.data_ptr(), out.numel() // batch, out)
-        if not self._torch_steps:
-            workspace.run(0, len(self.plan.steps), threads)
-            return [tensors[view.buffer] if isinstance(view, View) else view for view in self.plan.outputs]
-        return self._run_segments(workspace, batch, tensors, threads)
+            buffers.append((buffer, x.data_ptr(), x.numel() * (x.element_size() // 4 or 1) // batch, x))
+        for buffer, sizes in self._results:
+            tensors[buffer] = out = torch.empty(batch, *sizes)
+            buffers.append((buffer, out.data_ptr(), out.numel() // batch, out))
+        return tensors, buffers
+
+    def _outputs(self, tensors: dict[int, Tensor]) -> list[Any]:
+        """Returns the flattened outputs of a plan that leaves no step to PyTorch."""
+        return [tensors[view.buffer] if isinstance(view, View) else view for view in self.plan.outputs]
 
     def _run_segments(self, workspace, batch: int, tensors: dict[int, Tensor], threads: int) -> list[Any]:
         arena = self._arena_tensor(workspace, batch)
@@ -347,8 +368,7 @@ def _shares_memory(x: Tensor, arena: Tensor) -> bool:
 
 
 def _execution(workspace) -> Execution:
-    macs, predicted_ms, level, guard_actions = workspace.executed()
-    return Execution(macs, predicted_ms, level, guard_actions, workspace.counts())
+    return Execution(*workspace.executed(), workspace.counts())
 
 
 def _join(results: list[tuple[list[Any], Execution]]) -> tuple[list[Any], Execution]:
@@ -361,5 +381,6 @@ def _join(results: list[tuple[list[Any], Execution]]) -> tuple[list[Any], Execut
         sum(e.predicted_ms for e in done),
         max(e.level for e in done),
         sum(e.guard_actions for e in done),
+        sum(e.engine_ms for e in done),
         np.concatenate([e.counts for e in done], 1),
     )

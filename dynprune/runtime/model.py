@@ -20,7 +20,7 @@ from dynprune.gates.attach import Attachment, check_site_names, make_gate
 from dynprune.gates.heads import Gate, gate_key
 from dynprune.graph.capture import Graph
 from dynprune.graph.sites import Site, Ungated
-from dynprune.runtime.call import FAR_NS, due_at_ns, is_plain, tensors_in
+from dynprune.runtime.call import FAR_NS, due_at_ns, is_plain_call, tensors_in
 from dynprune.runtime.engine import Engine, Execution
 from dynprune.runtime.explain import explain
 from dynprune.runtime.governed import Governed
@@ -98,7 +98,7 @@ class DynamicModel(Governed):
         self._model_watch: Watch | None = None
         self._gate_watch: Watch | None = None
         self._recorder = StatsRecorder()
-        self._last_call = LastCall(0.0, 0.0, self._num_threads)
+        self._recorder.last_call = LastCall(0.0, 0.0, self._num_threads, 0.0)
         self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
         self._uncapturable: set[Any] = set()
         self.number = register(self)
@@ -128,11 +128,11 @@ class DynamicModel(Governed):
             return compiled_call(self, args, kwargs, deadline)
         began_ns = time.monotonic_ns()
         due_ns = FAR_NS if deadline is None else due_at_ns(deadline)
-        if self._example is not None and not (is_plain(args) and is_plain(kwargs)):
+        if self._example is not None and not is_plain_call(args, kwargs):
             return self._run_in_pytorch(args, kwargs)
         gates = deadline is not None or self._level > 0 or self._controller is not None or self._monitor is not None
         try:
-            session, inputs = self._session_for(args, kwargs, gates=gates)
+            session, inputs, batch = self._session_for(args, kwargs, gates=gates)
         except UnsupportedModelError as error:
             if self._example is None:
                 raise
@@ -141,7 +141,7 @@ class DynamicModel(Governed):
         controller = None if self.training else self._controller
         if controller is None and deadline is not None and not self.training:
             controller = self._deadline_controller()
-        level = self._next_level(controller, session.batch_of(inputs), (due_ns - began_ns) * 1e-6)
+        level = self._next_level(controller, batch, (due_ns - began_ns) * 1e-6)
         if not self._runs_on_engine(inputs):
             if self.training and self.training_levels is not None:
                 level = self.training_levels
@@ -158,16 +158,16 @@ class DynamicModel(Governed):
         outputs, execution = engine.run(inputs, level=level, deadline_ns=deadline_ns, slowdown=slowdown, num_threads=threads)
         result = session.pack(outputs)
         latency_ms = (time.monotonic_ns() - began_ns) * 1e-6
-        self._last_call = LastCall(level, execution.level, threads or self._num_threads)
+        self._recorder.last_call = LastCall(level, execution.level, threads or self._num_threads, execution.engine_ms)
         missed = False
         if controller is not None:
             missed, guarded_ms = latency_ms > limit_ms, None
             if execution.guard_actions > 0:
                 guarded_ms, reached = limit_ms, self.frontier.accuracy_at(execution.level)
                 self._recorder.add_guarded(execution.level - level, self.frontier.accuracy_at(level) - reached)
-            work = float(session.batch_of(inputs))
+            work = float(batch)
             controller.observe(latency_ms, execution.predicted_ms, level=level, threads=threads, work=work, guarded_ms=guarded_ms)
-        self._record(session, inputs, execution, latency_ms, missed)
+        self._record(session, batch, execution, latency_ms, missed)
         return result
 
     def run_with_active(self, *inputs: Any, active: Active, backend: str = "engine", **kwargs: Any) -> Any:
@@ -187,17 +187,17 @@ class DynamicModel(Governed):
         if not isinstance(active, Mapping):
             raise InputError(f"`active` must be a dict from site names to one list per sample, got {type(active).__name__}.")
         began_ns = time.monotonic_ns()
-        session, tensors = self._session_for(inputs, kwargs)
+        session, tensors, batch = self._session_for(inputs, kwargs)
         check_site_names(self.sites, active)
         engine = session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
         if backend == "hooked":
-            execution = engine.executed_for(active, session.batch_of(tensors))
+            execution = engine.executed_for(active, batch)
             result, _ = self.attachment.run(inputs, kwargs, level=1.0, active=active)
         else:
             with torch.no_grad():
                 outputs, execution = engine.run(tensors, active=active)
             result = session.pack(outputs)
-        self._record(session, tensors, execution, (time.monotonic_ns() - began_ns) * 1e-6, missed=False)
+        self._record(session, batch, execution, (time.monotonic_ns() - began_ns) * 1e-6, missed=False)
         return result
 
     # ------------------------------------------------------------------ what it is and did
@@ -242,7 +242,7 @@ class DynamicModel(Governed):
     @property
     def last_call(self) -> LastCall:
         """How the last call on the engine ran; of calls that overlap, the one that ended last."""
-        return self._last_call
+        return self._recorder.last_call
 
     def reset_stats(self) -> None:
         """Forgets the statistics."""
@@ -272,7 +272,7 @@ class DynamicModel(Governed):
 
     def engine_for(self, *inputs: Any, **kwargs: Any) -> Engine:
         """Returns the engine that runs inputs of these shapes."""
-        session, _ = self._session_for(inputs, kwargs)
+        session, _, _ = self._session_for(inputs, kwargs)
         return session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
 
     def flat_inputs(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
@@ -372,7 +372,9 @@ class DynamicModel(Governed):
 
     def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
         """Returns what calls that share a session have in common, and the call's tensors."""
-        leaves = args if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) else pytree.tree_leaves((args, kwargs))
+        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+            return (((args[0].shape[1:], args[0].dtype),), None, ()), [args[0]]
+        leaves = pytree.tree_leaves((args, kwargs))
         inputs = tensors_in(leaves)
         key = (
             tuple((x.shape[1:], x.dtype) for x in inputs),
@@ -381,8 +383,8 @@ class DynamicModel(Governed):
         )
         return key, inputs
 
-    def _session_for(self, args: tuple, kwargs: dict[str, Any], *, gates: bool = True) -> tuple[Session, list[Tensor]]:
-        """Returns the session for the shapes of a call, captured now if they are new, and the call's tensors.
+    def _session_for(self, args: tuple, kwargs: dict[str, Any], *, gates: bool = True) -> tuple[Session, list[Tensor], int]:
+        """Returns the session for the shapes of a call, captured now if they are new, the call's tensors and its batch size.
 
         `gates` says whether the call's result may depend on the gates; where not, changes of theirs are left to a later call.
         """
@@ -395,9 +397,9 @@ class DynamicModel(Governed):
                 raise UnsupportedModelError("torch.export could not capture a call of this form.")
             with self._lock:
                 session = self._sessions.get(key) or self._capture(key, args, kwargs)
-        session.check_batch(inputs)
+        batch = session.batch_of(inputs)
         session.last_used_ns = time.monotonic_ns()
-        return session, inputs
+        return session, inputs, batch
 
     def _capture(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Session:
         if any(isinstance(x, Tensor) and x.ndim and x.shape[0] == 0 for x in pytree.tree_leaves((args, kwargs))):
@@ -497,17 +499,13 @@ class DynamicModel(Governed):
             return False
         return self._model_watch.on_cpu()
 
-    def _record(self, session: Session, inputs: list[Tensor], execution: Execution, latency_ms: float, missed: bool) -> None:
-        batch = session.batch_of(inputs)
-        totals = session.totals
+    def _record(self, session: Session, batch: int, execution: Execution, latency_ms: float, missed: bool) -> None:
         self._recorder.add(
+            session.totals,
             samples=batch,
             latency_ms=latency_ms,
             macs=execution.macs,
-            all_macs=totals.macs * batch,
-            sites=totals.sites,
             ran=execution.counts,
-            could=totals.rows,
             level=execution.level,
             missed=missed,
             guard_actions=execution.guard_actions,

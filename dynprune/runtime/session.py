@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,7 @@ from dynprune.runtime.costs import CostTable
 from dynprune.runtime.engine import Engine
 from dynprune.runtime.lower import lower
 from dynprune.runtime.plan import Plan
-
-
-@dataclass(frozen=True, eq=False)
-class Totals:
-    """Multiply-adds of one sample of the whole model, and the names and rows of the plan's sites."""
-
-    macs: float
-    sites: tuple[str, ...]
-    rows: np.ndarray
+from dynprune.runtime.statistics import Totals
 
 
 class Session:
@@ -117,22 +108,25 @@ class Session:
         return pytree.tree_unflatten(outputs, self.graph.out_spec)
 
     def batch_of(self, inputs: list[Tensor]) -> int:
-        """Returns the batch size of a call; of a model that fixes it, the one it was captured with."""
-        return inputs[0].shape[0] if self.graph.dynamic_batch else self.graph.batch_size
+        """Returns the batch size of a call; of a model that fixes it, the one it was captured with.
 
-    def check_batch(self, inputs: list[Tensor]) -> None:
-        """Raises InputError where inputs are not dense, or their batch sizes are 0, differ, or are not that of a fixed-batch model."""
+        Raises:
+            InputError: inputs are not dense, or their batch sizes are 0, differ, or are not that of a fixed-batch model.
+        """
+        sizes = []
         for x in inputs:
             if x.layout is not torch.strided:
                 raise InputError(f"Inputs must be dense tensors, got one of layout {x.layout}; call .to_dense().")
-        sizes = [x.shape[0] if x.ndim else 1 for x in inputs]
-        if min(sizes) < 1:
+            sizes.append(x.shape[0] if x.ndim else 1)
+        batch = sizes[0]
+        if 0 in sizes:
             raise InputError("The batch must hold at least 1 sample, got 0.")
         if self.graph.dynamic_batch:
-            if min(sizes) != max(sizes):
+            if sizes.count(batch) != len(sizes):
                 raise InputError(f"All inputs must have one batch size, got {sizes}.")
-        elif sizes[0] != self.graph.batch_size:
-            raise InputError(f"This model was captured with a fixed batch of {self.graph.batch_size}, got {sizes[0]}.")
+        elif batch != self.graph.batch_size:
+            raise InputError(f"This model was captured with a fixed batch of {self.graph.batch_size}, got {batch}.")
+        return batch
 
     def _built(self, gates: Mapping[str, Gate], costs: CostTable | None, num_threads: int) -> Engine:
         sites = {site.name: site for site in self.sites.sites}

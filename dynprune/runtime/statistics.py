@@ -14,7 +14,7 @@ from dynprune.timing import percentiles
 WINDOW = 10_000
 """Latency percentiles are over at most this many of the last calls."""
 _MAX_PENDING = 64
-"""Rows are added up for this many calls at once, so that a single call does not pay for it."""
+"""Rows are added up for this many calls at once, in one operation on all: one by one they would make a late call of every 64th."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,29 @@ class LatencyPercentiles:
     p99: float
 
 
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """Multiply-adds of one sample of the whole model, and the names and rows of the plan's sites."""
+
+    macs: float
+    sites: tuple[str, ...]
+    rows: np.ndarray
+
+
 class LastCall(NamedTuple):
-    """How the last call on the engine ran: the level where it began, the one where the deadline left it, and the threads."""
+    """How the last call on the engine ran.
+
+    Attributes:
+        level: where it began.
+        end_level: where the deadline left it.
+        threads: of the call.
+        engine_ms: how much of its time passed in the engine's steps; the rest is Python and PyTorch.
+    """
 
     level: float
     end_level: float
     threads: int
+    engine_ms: float
 
 
 @dataclass(frozen=True)
@@ -69,10 +86,15 @@ class Stats:
 
 
 class StatsRecorder:
-    """Adds up calls, from any thread."""
+    """Adds up calls, from any thread.
+
+    Attributes:
+        last_call: set by whoever runs calls; `reset` leaves it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.last_call = LastCall(0.0, 0.0, 1, 0.0)
         self.reset()
 
     def reset(self) -> None:
@@ -82,20 +104,18 @@ class StatsRecorder:
             self._level_raise = self._accuracy_cost = 0.0
             self._macs = self._all_macs = 0.0
             self._rows: dict[tuple[str, ...], np.ndarray] = {}
-            self._pending: list[tuple[tuple[str, ...], np.ndarray, np.ndarray]] = []
+            self._pending: dict[Totals, list[np.ndarray]] = {}
             self._latencies_ms: deque[float] = deque(maxlen=WINDOW)
             self._level: float | None = None
 
     def add(
         self,
+        totals: Totals,
         *,
         samples: int,
         latency_ms: float,
         macs: float,
-        all_macs: float,
-        sites: tuple[str, ...],
         ran: np.ndarray,
-        could: np.ndarray,
         level: float,
         missed: bool,
         guard_actions: int,
@@ -103,12 +123,11 @@ class StatsRecorder:
         """Counts one call.
 
         Args:
+            totals: of the plan that ran.
             samples: in the call's batch.
             latency_ms: of the call.
-            macs, all_macs: multiply-adds executed, and of the whole model, for the batch.
-            sites: names of the sites that `ran` counts.
+            macs: multiply-adds executed for the batch.
             ran: (sites, samples), how many rows of each site ran for each sample.
-            could: (sites,), how many rows each site has for one sample.
             level: at the end of the call.
             missed: whether it took longer than its budget.
             guard_actions: how often the deadline raised the level.
@@ -119,17 +138,21 @@ class StatsRecorder:
             self._misses += missed
             self._guard_actions += guard_actions
             self._macs += macs
-            self._all_macs += all_macs
+            self._all_macs += totals.macs * samples
             self._latencies_ms.append(latency_ms)
             self._level = level
-            self._pending.append((sites, ran, could))
-            if len(self._pending) == _MAX_PENDING:
+            pending = self._pending.get(totals)
+            if pending is None:
+                pending = self._pending[totals] = []
+            pending.append(ran)
+            if len(pending) == _MAX_PENDING:
                 self._add_up()
 
     def _add_up(self) -> None:
-        for sites, ran, could in self._pending:
-            table = np.stack((ran.sum(1), could * ran.shape[1]))
-            self._rows[sites] = self._rows.get(sites, 0) + table
+        for totals, pending in self._pending.items():
+            ran = np.concatenate(pending, 1)
+            table = np.stack((ran.sum(1), totals.rows * ran.shape[1]))
+            self._rows[totals.sites] = self._rows.get(totals.sites, 0) + table
         self._pending.clear()
 
     def add_guarded(self, level_raise: float, accuracy_cost: float) -> None:
