@@ -16,6 +16,7 @@ ISA_FLAGS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [f"-mavx512{group}" for group in ("f", "cd", "bw", "dq", "vl")] + ["-mfma", "-mprefer-vector-width=512"]
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 SANITIZE = os.environ.get("DYNPRUNE_SANITIZE") == "1"
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []

@@ -14,6 +14,9 @@ const KernelTable& kernels_for(const std::string& isa) {
     for (const std::string& name : available) names += (names.empty() ? "" : ", ") + name;
     throw std::invalid_argument("instruction set '" + isa + "' cannot run here; choose one of " + names + ".");
   }
+#if defined(DYNPRUNE_HAVE_AVX512_BF16)
+  if (isa == "avx512_bf16") return avx512_bf16_kernels();
+#endif
 #if defined(DYNPRUNE_HAVE_AVX512)
   if (isa == "avx512") return avx512_kernels();
 #endif

@@ -112,6 +112,46 @@ struct PointwiseArgs {
   int64_t out_stride;
 };
 
+// Products in bfloat16: weights are stored in it, panels rounded to it (to nearest, ties to even), sums are f32. An item is the 4 bytes
+// that a lane multiplies at a time: two values side by side where the instruction set multiplies bfloat16 (0 beside a last single one),
+// otherwise one value as f32. Weights are packed, kPackedRows to a tile.
+//
+// items[t][j][row] = item j of `row` in tile tile_index[t], made of the columns column[0 .. k).
+struct Bf16TilesArgs {
+  int64_t tiles;
+  int64_t k;
+  const uint16_t* weight;  // [tile][column][kPackedRows]
+  int64_t tile_stride;
+  const int32_t* tile_index;
+  const int32_t* column;
+  uint32_t* items;
+  int64_t item_stride;  // from one tile to the next
+};
+
+// panel[j][lane] = item j of in[0 .. k)[lane]
+struct Bf16PanelArgs {
+  int64_t k;
+  int64_t width;  // lanes, a multiple of the vector length
+  const float* in;
+  int64_t in_stride;
+  uint32_t* panel;  // [items of k][width]
+};
+
+// out[i][p] = (accumulate ? out[i][p] : 0) + sum_j weight[row_offset[i] + j * kPackedRows] * panel[j][p] for p < width + tail.
+struct Bf16GemmArgs {
+  int64_t m;
+  int64_t items;
+  int64_t width;  // as in GatherGemmArgs
+  int64_t tail;
+  const uint32_t* weight;
+  const int32_t* row_offset;  // [m]; its remainder by kPackedRows is the row in its tile
+  const uint32_t* panel;
+  int64_t panel_stride;
+  float* out;
+  int64_t out_stride;
+  bool accumulate;
+};
+
 // out[i][p] = act(in[i][p] + bias[i] + residual[i][p]) for p < n; bias and residual may be null; in == out is allowed.
 struct EpilogueArgs {
   int64_t rows;
@@ -127,10 +167,12 @@ struct EpilogueArgs {
 };
 
 // Matrix-vector by row: out[i] = bias[r] + sum_k weight[r * weight_stride + k] * x[k], r = row_index ? row_index[i] : first_row + i.
-struct DotRowsArgs {
+// Weights are float or bfloat16 (uint16_t).
+template <class Weight>
+struct DotRows {
   int64_t rows;
   int64_t k;
-  const float* weight;
+  const Weight* weight;
   int64_t weight_stride;
   const int32_t* row_index;
   int64_t first_row;
@@ -138,6 +180,8 @@ struct DotRowsArgs {
   const float* bias;  // indexed by r; may be null
   float* out;
 };
+using DotRowsArgs = DotRows<float>;
+using Bf16DotRowsArgs = DotRows<uint16_t>;
 
 // Rows of a sparse weight that share their columns: out rows out_row .. out_row + rows - 1; nonzero j (j < count) stands at
 // column[first_column + j], its weight for row i at value[first_value + j * value_stride + i]. rows is 1 or kSparseMaxRows.
@@ -180,16 +224,19 @@ struct SparseDotArgs {
 };
 
 // Matrix-vector by column: out[i] = bias[i] + sum_j x[j] * weight[c_j * weight_stride + i], c_j = column_index ? column_index[j] : j.
-struct AxpyRowsArgs {
+template <class Weight>
+struct AxpyRows {
   int64_t n;
   int64_t columns;
-  const float* weight;  // transposed: one row per input
+  const Weight* weight;  // transposed: one row per input
   int64_t weight_stride;
   const int32_t* column_index;
   const float* x;
   const float* bias;  // [n]; may be null
   float* out;
 };
+using AxpyRowsArgs = AxpyRows<float>;
+using Bf16AxpyRowsArgs = AxpyRows<uint16_t>;
 
 // A window that slides over one plane: output (oy, ox) sees the input elements (oy * stride_y - pad_top + r * dilation_y,
 // ox * stride_x - pad_left + s * dilation_x); those outside the plane are padding.
@@ -383,6 +430,7 @@ struct KernelTable {
   int gemm_max_vectors;  // the widest tile of gather_gemm, in vectors
   int gemm_vectors;      // the tile with which it is fastest
   int gemm_max_tail;     // the most positions that it takes beside whole vectors
+  int bf16_per_item;     // 2 where it multiplies bfloat16, or 1
   void (*pack_patches)(const PackArgs&);
   void (*pack_shifted)(const PackShiftedArgs&);
   void (*pack_gathered)(const PackGatheredArgs&);
@@ -390,6 +438,11 @@ struct KernelTable {
   void (*epilogue)(const EpilogueArgs&);
   void (*dot_rows)(const DotRowsArgs&);
   void (*axpy_rows)(const AxpyRowsArgs&);
+  void (*bf16_tiles)(const Bf16TilesArgs&);
+  void (*bf16_panel)(const Bf16PanelArgs&);
+  void (*bf16_gemm)(const Bf16GemmArgs&);
+  void (*bf16_dot_rows)(const Bf16DotRowsArgs&);
+  void (*bf16_axpy_rows)(const Bf16AxpyRowsArgs&);
   void (*sparse_gemm)(const SparseGemmArgs&);
   void (*sparse_dot)(const SparseDotArgs&);
   void (*depthwise)(const DepthwiseArgs&);
@@ -408,12 +461,10 @@ struct KernelTable {
   void (*winograd_output)(const WinogradOutputArgs&);
 };
 
+// Defined where setup.py builds them.
 const KernelTable& scalar_kernels();
-#if defined(DYNPRUNE_HAVE_AVX2)
 const KernelTable& avx2_kernels();
-#endif
-#if defined(DYNPRUNE_HAVE_AVX512)
 const KernelTable& avx512_kernels();
-#endif
+const KernelTable& avx512_bf16_kernels();
 
 }  // namespace dynprune

@@ -26,6 +26,12 @@ const std::vector<IsaGroup>& isa_groups() {
 #else
       {"avx512", {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}, false},
 #endif
+      {"avx512_bf16", {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"},
+#if defined(DYNPRUNE_HAVE_AVX512_BF16)
+       true},
+#else
+       false},
+#endif
   };
   return groups;
 }

@@ -4,6 +4,7 @@
 #include "vec/vec_scalar.h"
 
 #include "kernels/activation-inl.h"
+#include "kernels/bf16-inl.h"
 #include "kernels/conv_pack-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/elementwise-inl.h"
@@ -26,11 +27,17 @@ const KernelTable& scalar_kernels() {
       kGemmMaxVectors,
       kGemmVectors,
       kGemmMaxTail,
+      kBf16PerItem,
       pack_patches,
       pack_shifted,
       pack_gathered,
       gather_gemm,
       epilogue,
+      dot_rows,
+      axpy_rows,
+      bf16_tiles,
+      bf16_panel,
+      bf16_gemm,
       dot_rows,
       axpy_rows,
       sparse_gemm,

@@ -9,12 +9,12 @@ namespace dynprune {
 namespace {
 
 // Four rows at once: x is loaded once for the four, and four chains of sums hide the latency of the multiply-add. Weights are asked of
-// the memory kAhead elements before their use; at the end of a row, from the rows that come next, which only the index list knows.
-template <int ROWS>
-void dot_tile(const DotRowsArgs& a, int64_t first) {
-  constexpr int64_t kAhead = 256;
-  const float* weight[ROWS];
-  const float* next[ROWS];
+// the memory kAhead elements (1 KiB) before their use; at the end of a row, from the rows that come next, which only the index list knows.
+template <int ROWS, class Weight>
+void dot_tile(const DotRows<Weight>& a, int64_t first) {
+  constexpr int64_t kAhead = 1024 / sizeof(Weight);
+  const Weight* weight[ROWS];
+  const Weight* next[ROWS];
   int64_t row[ROWS];
   Vec sum[ROWS];
   const auto row_of = [&a](int64_t i) { return a.row_index != nullptr ? a.row_index[i] : a.first_row + i; };
@@ -27,7 +27,7 @@ void dot_tile(const DotRowsArgs& a, int64_t first) {
   }
   int64_t k = 0;
   for (; k + Vec::kLanes <= a.k; k += Vec::kLanes) {
-    const float* const* ahead = k + kAhead < a.k ? weight : next;
+    const Weight* const* ahead = k + kAhead < a.k ? weight : next;
     const Vec x = load(a.x + k);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) {
@@ -45,15 +45,16 @@ void dot_tile(const DotRowsArgs& a, int64_t first) {
   for (int i = 0; i < ROWS; ++i) a.out[first + i] = reduce_add(sum[i]) + (a.bias != nullptr ? a.bias[row[i]] : 0.0f);
 }
 
-void dot_rows(const DotRowsArgs& a) {
+template <class Weight>
+void dot_rows(const DotRows<Weight>& a) {
   int64_t i = 0;
   for (; i + 4 <= a.rows; i += 4) dot_tile<4>(a, i);
   for (; i < a.rows; ++i) dot_tile<1>(a, i);
 }
 
 // out += the sum of ROWS rows of the weight, scaled. Which rows come next the hardware cannot know: `next` tells the memory.
-template <int ROWS>
-void axpy_tile(const float* const* weight, const float* const* next, const float* x, float* out, int64_t n) {
+template <int ROWS, class Weight>
+void axpy_tile(const Weight* const* weight, const Weight* const* next, const float* x, float* out, int64_t n) {
   Vec scale[ROWS];
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i) scale[i] = set1(x[i]);
@@ -77,7 +78,8 @@ void axpy_tile(const float* const* weight, const float* const* next, const float
 }
 
 // The outputs stay in the first-level cache while rows of the weight stream by, four at a time.
-void axpy_rows(const AxpyRowsArgs& a) {
+template <class Weight>
+void axpy_rows(const AxpyRows<Weight>& a) {
   if (a.bias == nullptr) {
     for (int64_t o = 0; o < a.n; ++o) a.out[o] = 0.0f;
   } else if (a.bias != a.out) {
@@ -89,12 +91,12 @@ void axpy_rows(const AxpyRowsArgs& a) {
   };
   int64_t j = 0;
   for (; j + 4 <= a.columns; j += 4) {
-    const float* weight[4] = {row(j), row(j + 1), row(j + 2), row(j + 3)};
-    const float* next[4] = {row(j + 4), row(j + 5), row(j + 6), row(j + 7)};
+    const Weight* weight[4] = {row(j), row(j + 1), row(j + 2), row(j + 3)};
+    const Weight* next[4] = {row(j + 4), row(j + 5), row(j + 6), row(j + 7)};
     axpy_tile<4>(weight, next, a.x + j, a.out, a.n);
   }
   for (; j < a.columns; ++j) {
-    const float* weight[1] = {row(j)};
+    const Weight* weight[1] = {row(j)};
     axpy_tile<1>(weight, weight, a.x + j, a.out, a.n);
   }
 }

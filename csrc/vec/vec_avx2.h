@@ -25,6 +25,16 @@ inline Vec zero() { return {_mm256_setzero_ps()}; }
 inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_partial(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }  // lanes >= n are 0
+// bfloat16
+inline Vec load(const uint16_t* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))};
+}
+inline Vec load_partial(const uint16_t* p, int n) {
+  uint16_t values[8] = {};
+  for (int i = 0; i < n; ++i) values[i] = p[i];
+  return load(values);
+}
 // Lanes [first, last); first and last are clamped to the vector.
 inline Mask lane_range(int64_t first, int64_t last) {
   const int begin = first <= 0 ? 0 : first >= 8 ? 8 : static_cast<int>(first);

@@ -28,6 +28,10 @@ inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }  // lanes >= n are 0
+inline Vec widen_bf16(__m256i halves) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))}; }
+// bfloat16
+inline Vec load(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load_partial(const uint16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 // Lanes [first, last); first and last are clamped to the vector.
 inline Mask lane_range(int64_t first, int64_t last) {
   const unsigned below_last = last <= 0 ? 0u : last >= 16 ? 0xFFFFu : (1u << last) - 1u;

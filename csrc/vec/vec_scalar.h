@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/bf16.h"
+
 namespace dynprune {
 namespace {
 
@@ -21,6 +23,9 @@ inline Vec zero() { return {0.0f}; }
 inline Vec set1(float x) { return {x}; }
 inline Vec load(const float* p) { return {*p}; }
 inline Vec load_partial(const float* p, int n) { return {n > 0 ? *p : 0.0f}; }
+// bfloat16
+inline Vec load(const uint16_t* p) { return {float_of(*p)}; }
+inline Vec load_partial(const uint16_t* p, int n) { return {n > 0 ? float_of(*p) : 0.0f}; }
 // Lanes [first, last); first and last are clamped to the vector.
 inline Mask lane_range(int64_t first, int64_t last) { return {first <= 0 && last > 0}; }
 // Lane i is bit i.

@@ -48,7 +48,8 @@ def save(dm: DynamicModel, path: str | PathLike, base: nn.Module | None = None) 
         "include": list(dm.include),
         "exclude": list(dm.exclude),
         "group_size": dm.group_size,
-        "exact": dm.exact,
+        "exact": dm.arithmetic.exact,
+        "dtype": str(dm.arithmetic.dtype).removeprefix("torch."),
         "example": example.to_json(dm.example),
         "sites": [[site.name, site.kind, site.num_groups] for site in dm.sites],
         "frontier": None if dm.frontier is None else dm.frontier.to_json(),
@@ -92,7 +93,7 @@ def load(path: str | PathLike, model: nn.Module, *, remeasure: bool) -> DynamicM
             model.load_state_dict(state)
         args, kwargs = example.from_json(about["example"])
         options = {name: about[name] for name in ("include", "exclude", "group_size", "exact")}
-        dm = DynamicModel(model, **options)
+        dm = DynamicModel(model, dtype=getattr(torch, about.get("dtype", "float32")), **options)
         dm.capture(*args, **kwargs)
         if [[site.name, site.kind, site.num_groups] for site in dm.sites] != about["sites"]:
             raise CheckpointError(f"{str(path)!r} was saved with gates at other sites than this version finds; calibrate the model again.")

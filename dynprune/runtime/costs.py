@@ -51,5 +51,5 @@ class CostTable:
 
 
 def plan_signature(plan: Plan) -> str:
-    """Returns words that are the same for plans with the same steps and shapes."""
-    return ";".join(f"{step.op}:{step.name}:{step.macs}" for step in plan.steps)
+    """Returns words that are the same for plans with the same steps, shapes and types."""
+    return ";".join(f"{step.op}{':bf16' if step.ints.get('bf16') else ''}:{step.name}:{step.macs}" for step in plan.steps)

@@ -20,6 +20,7 @@ from dynprune.errors import DynpruneError
 from dynprune.gates.heads import Gate
 from dynprune.graph.capture import Graph
 from dynprune.graph.sites import Site
+from dynprune.runtime.arithmetic import Arithmetic
 from dynprune.runtime.engine import Engine
 from dynprune.runtime.session import Session, sites_in_common
 from dynprune.runtime.thinning import thinned
@@ -33,7 +34,7 @@ class Islands:
         graph: its captured graph.
         sites: those of its gates.
         gates: by site name.
-        exact, num_threads: see `DynamicModel`.
+        arithmetic, num_threads: see `DynamicModel`.
 
     Attributes:
         paths: of the modules that are islands: the innermost ones that hold all of a channel site, are called once, with one tensor in
@@ -42,10 +43,19 @@ class Islands:
             nothing there.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, sites: Sequence[Site], gates: Mapping[str, Gate], *, exact: bool, num_threads: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        sites: Sequence[Site],
+        gates: Mapping[str, Gate],
+        *,
+        arithmetic: Arithmetic,
+        num_threads: int,
+    ):
         self._model = model
         self._gates = gates
-        self._exact = exact
+        self._arithmetic = arithmetic
         self._num_threads = num_threads
         self._sessions: dict[str, Session] = {}
         self._engines: dict[str, Engine] = {}
@@ -94,7 +104,7 @@ class Islands:
         """Returns the plan of one island for one token, or None where it has no plan that keeps its gates and leaves nothing to PyTorch."""
         site = next(iter(known.values()))
         token = torch.zeros(1, 1, site.gate_channels)
-        options = {"include": ("*",), "exclude": (), "group_size": site.group_size, "exact": self._exact}
+        options = {"include": ("*",), "exclude": (), "group_size": site.group_size, "arithmetic": self._arithmetic}
         try:
             session = Session(self._model.get_submodule(path), (token,), {}, **options)
         except DynpruneError:

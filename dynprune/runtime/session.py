@@ -15,6 +15,7 @@ from dynprune.errors import InputError
 from dynprune.gates.heads import Gate
 from dynprune.graph.capture import Graph, capture
 from dynprune.graph.sites import Site, Sites, find_sites
+from dynprune.runtime.arithmetic import Arithmetic
 from dynprune.runtime.costs import CostTable
 from dynprune.runtime.engine import Engine
 from dynprune.runtime.lower import lower
@@ -29,17 +30,17 @@ class Session:
         model: the user's model.
         args, kwargs: an example call.
         include, exclude, group_size: see `find_sites`.
-        exact: no Winograd convolutions.
+        arithmetic: of the engine.
 
     Attributes:
         last_used_ns: `time.monotonic_ns` of the last call; 0 before the first.
     """
 
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], *, include, exclude, group_size: int, exact: bool):
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], *, include, exclude, group_size: int, arithmetic: Arithmetic):
         with torch.autocast("cpu", enabled=False):
             self.graph: Graph = capture(model, args, kwargs)
         self.sites: Sites = find_sites(self.graph, include=include, exclude=exclude, group_size=group_size)
-        self._exact = exact
+        self._arithmetic = arithmetic
         self.last_used_ns = 0
         self._lock = threading.Lock()
         self._lean = False
@@ -136,10 +137,7 @@ class Session:
         if self._plan is None:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self._plan = lower(self.graph, self.sites)
-            if self._exact:
-                for step in self._plan.steps:
-                    if step.op == "conv":
-                        step.ints["winograd"] = [0]
+            self._arithmetic.apply(self._plan.steps)
         return self._plan
 
 

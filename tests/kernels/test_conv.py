@@ -32,13 +32,18 @@ def conv_reference(x, weight, bias, shape):
     return F.conv2d(F.pad(x.double(), (left, right, top, bottom)), weight.double(), bias.double(), stride, 0, dilation, groups).float()
 
 
+def rounded(values):
+    """Returns what bfloat16 keeps of `values`."""
+    return values.bfloat16().float()
+
+
 class ConvCase:
     """A conv step with random weights, inputs masked by lists, poisoned outputs, and what PyTorch makes of them.
 
-    `zeros` is a function that puts zeros into the weight; the step then runs as a sparse one.
+    `zeros` is a function that puts zeros into the weight; the step then runs as a sparse one. With `bf16` it rounds weight and input.
     """
 
-    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0, zeros=None):
+    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0, zeros=None, bf16=False):
         channels, outputs, height, width, kernel, stride, padding, dilation, groups = shape
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
@@ -54,7 +59,8 @@ class ConvCase:
             for sample, chosen in enumerate(self.in_lists):
                 inactive = np.setdiff1d(np.arange(channels), chosen)
                 masked[sample, inactive] = 0
-        self.want = conv_reference(masked, self.weight, self.bias, shape)
+        round_all = rounded if bf16 else lambda values: values
+        self.want = conv_reference(round_all(masked), round_all(self.weight), self.bias, shape)
         positions = self.want[0, 0].numel()
         self.matrix = None
         if compensation:
@@ -89,6 +95,8 @@ class ConvCase:
                 "dilation": list(dilation),
                 "groups": [groups],
                 "sparse": [int(zeros is not None)],
+                "bf16": [int(bf16)],
+                **({"winograd": [0]} if bf16 else {}),
                 **RELU["ints"],
             },
             "floats": RELU["floats"],
@@ -212,7 +220,19 @@ def test_threads_do_not_change_the_result(isa, num_threads, in_kind):
 
 
 def linear_case(
-    isa, features, outputs, in_kind, out_kind, *, repeat=1, batch=2, compensation=False, num_threads=1, zeros=None, whole_input=False
+    isa,
+    features,
+    outputs,
+    in_kind,
+    out_kind,
+    *,
+    repeat=1,
+    batch=2,
+    compensation=False,
+    num_threads=1,
+    zeros=None,
+    whole_input=False,
+    bf16=False,
 ):
     rng = np.random.default_rng(3)
     torch.manual_seed(3)
@@ -220,6 +240,7 @@ def linear_case(
     weight, bias, x = torch.randn(outputs, features), torch.randn(outputs), torch.randn(batch, features)
     if zeros is not None:
         zeros(weight)
+    kept = rounded(weight) if bf16 else weight
     in_lists = None if in_kind is None else [active_list(in_kind, channels, rng) for _ in range(batch)]
     out_lists = None if out_kind is None else [active_list(out_kind, outputs, rng) for _ in range(batch)]
     means = torch.randn(channels)
@@ -229,11 +250,11 @@ def linear_case(
         chosen = np.arange(channels) if in_lists is None else in_lists[sample]
         columns = (np.asarray(chosen, dtype=np.int64)[:, None] * repeat + np.arange(repeat)).reshape(-1)
         buffer[sample, columns if whole_input else slice(len(columns))] = x[sample, columns].numpy()
-        y = (weight[:, columns].double() @ x[sample, columns].double()).float() + bias
+        y = (kept[:, columns].double() @ x[sample, columns].double()).float() + bias
         if compensation:
             mean_input = means.repeat_interleave(repeat)
             mean_input[columns] = 0
-            y += (weight.double() @ mean_input.double()).float()
+            y += (kept.double() @ mean_input.double()).float()
         want.append(y.tanh())
     y = np.full((batch, outputs), np.nan, np.float32)
     sites, active = [], []
@@ -252,6 +273,7 @@ def linear_case(
             "repeat": [repeat],
             "sparse": [int(zeros is not None)],
             "whole_input": [int(whole_input)],
+            "bf16": [int(bf16)],
             "activation": [8],
         },
         "constants": {"weight": weight.numpy(), "bias": bias.numpy()},

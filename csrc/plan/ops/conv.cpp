@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "base/aligned_buffer.h"
+#include "plan/ops/bf16_weight.h"
 #include "plan/ops/conv_tiling.h"
 #include "plan/ops/factories.h"
 #include "plan/ops/sparse_weight.h"
@@ -18,6 +19,9 @@ namespace {
 
 // Length of a block of the reduction: a panel of 384 x 64 floats fits a second-level cache several times.
 constexpr int64_t kBlock = 384;
+// The same in bfloat16, and how much of it is packed as f32 at a time, to be rounded while it is in the first level.
+constexpr int64_t kBf16Block = 512;
+constexpr int64_t kBf16Stage = 64;
 
 class ConvOp final : public Op, public Compensated {
  public:
@@ -35,6 +39,9 @@ class ConvOp final : public Op, public Compensated {
     if (reader.integer("sparse", 0) != 0) {
       reader.check(shape_.groups == 1, "'sparse' needs one group");
       sparse_.emplace(weight_, shape_.out_channels, shape_.in_channels, shape_.taps());
+    } else if (reader.integer("bf16", 0) != 0) {
+      bf16_.emplace(weight_, shape_.out_channels, shape_.group_inputs() * shape_.taps(), shape_.groups,
+                    kernels.bf16_per_item == 2 && spec_.in_site < 0);
     } else {
       pack_weights();
     }
@@ -56,7 +63,8 @@ class ConvOp final : public Op, public Compensated {
   int64_t chunks_per_sample() const override { return grid_.position_parts * grid_.row_parts; }
 
   int64_t scratch_floats() const override {
-    const int64_t panel = sparse_ ? sparse_->max_block() * kernels_.gemm_max_vectors : kBlock * (kernels_.gemm_max_vectors + 1);
+    const int64_t vectors = kernels_.gemm_max_vectors;
+    const int64_t panel = sparse_ ? sparse_->max_block() * vectors : bf16_ ? (kBf16Block + kBf16Stage) * (vectors + 1) : kBlock * (vectors + 1);
     return panel_offset() + panel * kernels_.lanes;
   }
 
@@ -71,7 +79,11 @@ class ConvOp final : public Op, public Compensated {
       const int64_t group = chunk.channel(row) / shape_.group_outputs();
       const int64_t rows_end = end_of_group(chunk, row, group);
       const Range inputs = inputs_of_group(in_index, in_count, group);
-      multiply(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch, panel, offsets);
+      if (bf16_) {
+        multiply_bf16(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch);
+      } else {
+        multiply(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch, panel, offsets);
+      }
       row = rows_end;
     }
     if (compensation_ != nullptr && spec_.in_site >= 0) {
@@ -231,6 +243,74 @@ class ConvOp final : public Op, public Compensated {
     }
   }
 
+  void multiply_bf16(const RunView& run, int64_t sample, const Chunk& chunk, Range rows, Range inputs, const int32_t* in_index,
+                     int64_t group, float* scratch) const {
+    const int64_t taps = shape_.taps();
+    const int64_t per_item = kernels_.bf16_per_item;
+    const int64_t reduction = (inputs.end - inputs.begin) * taps;
+    const int64_t blocks = std::max<int64_t>(1, (reduction + kBf16Block - 1) / kBf16Block);
+    const float* planes = run.row(x_, sample, inputs.begin);
+    auto* row_offset = reinterpret_cast<int32_t*>(scratch + bf16_offset());
+    int32_t* tile_index = row_offset + max_rows_;
+    auto* items = reinterpret_cast<uint32_t*>(scratch + items_offset());
+    auto* panel = reinterpret_cast<uint32_t*>(scratch + panel_offset());
+    float* stage = scratch + panel_offset() + kBf16Block * (kernels_.gemm_max_vectors + 1) * kernels_.lanes;
+    Bf16GemmArgs product{};
+    product.m = rows.end - rows.begin;
+    product.row_offset = row_offset;
+    product.panel = panel;
+    product.out_stride = chunk.width;
+    const int64_t num_tiles = place_rows(chunk, rows, row_offset, tile_index);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Range pairs = part_of((reduction + 1) / 2, block, blocks);
+      const Range k{2 * pairs.begin, std::min(2 * pairs.end, reduction)};
+      product.items = (k.end - k.begin + per_item - 1) / per_item;
+      product.accumulate = block > 0;
+      product.out = scratch + (rows.begin - chunk.rows.begin) * chunk.width;
+      if (bf16_->pairs()) {
+        product.weight = bf16_->items() + pairs.begin * kPackedRows;
+      } else {
+        const int32_t* columns = offsets_.data() + k.begin;
+        if (in_index != nullptr) {
+          auto* offsets = reinterpret_cast<int32_t*>(scratch + offsets_offset());
+          fill_offsets(in_index + inputs.begin, group * shape_.group_inputs(), k, 1, offsets);
+          columns = offsets;
+        }
+        kernels_.bf16_tiles({num_tiles, k.end - k.begin, bf16_->values(), bf16_->tile_stride(), tile_index, columns, items, item_stride()});
+        product.weight = items;
+      }
+      for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
+        const PositionTile& tile = tiles_[t];
+        product.width = tile.vectors * kernels_.lanes;
+        product.tail = tile.tail;
+        product.panel_stride = tile.packed_vectors() * kernels_.lanes;
+        uint32_t* packed = panel;
+        for (int64_t first = k.begin; first < k.end; first += kBf16Stage) {
+          const Range some{first, std::min(first + kBf16Stage, k.end)};
+          const Panel patches = pack(planes, t, some, stage);
+          kernels_.bf16_panel({some.end - some.begin, product.panel_stride, patches.data, patches.stride, packed});
+          packed += kBf16Stage / per_item * product.panel_stride;
+        }
+        kernels_.bf16_gemm(product);
+        product.out += product.panel_stride;
+      }
+    }
+  }
+
+  // Where the rows' items begin: in the weight, or in what `bf16_tiles` makes of the tiles listed in `tile_index`; returns how many. A
+  // late reader's rows may be out of order, with more changes of tile than there are tiles.
+  int64_t place_rows(const Chunk& chunk, Range rows, int32_t* row_offset, int32_t* tile_index) const {
+    int64_t count = 0;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const int64_t row = bf16_->packed_row(chunk.channel(i));
+      const auto tile = static_cast<int32_t>(row / kPackedRows);
+      if (count == 0 || (tile_index[count - 1] != tile && count < max_tiles())) tile_index[count++] = tile;
+      const int64_t first = bf16_->pairs() ? tile * (bf16_->tile_stride() / 2) : (count - 1) * item_stride();
+      row_offset[i - rows.begin] = static_cast<int32_t>(first + row % kPackedRows);
+    }
+    return count;
+  }
+
   void multiply_sparse(const RunView& run, int64_t sample, const Chunk& chunk, const int32_t* in_index, int64_t in_count, float* sums,
                        float* panel) const {
     float* scratch = sums + sparse_offset();
@@ -311,9 +391,15 @@ class ConvOp final : public Op, public Compensated {
   static int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
   int64_t bias_offset() const { return align(max_rows_ * max_width_); }
   int64_t offsets_offset() const { return bias_offset() + align(max_rows_); }
-  int64_t sparse_offset() const { return offsets_offset() + align(kBlock); }
+  int64_t sparse_offset() const { return offsets_offset() + align(std::max(kBlock, kBf16Block)); }
+  int64_t bf16_offset() const { return sparse_offset(); }
+  int64_t items_offset() const { return bf16_offset() + align(2 * max_rows_); }
+  int64_t item_stride() const { return kBf16Block / kernels_.bf16_per_item * kPackedRows; }
+  int64_t max_tiles() const { return std::min(max_rows_, shape_.groups * group_tiles()); }
   int64_t panel_offset() const {
-    return sparse_offset() + (sparse_ ? align(sparse_->scratch_floats(max_rows_, spec_.in_site >= 0)) : 0);
+    if (sparse_) return sparse_offset() + align(sparse_->scratch_floats(max_rows_, spec_.in_site >= 0));
+    if (!bf16_) return sparse_offset();
+    return items_offset() + (bf16_->pairs() ? 0 : max_tiles() * item_stride());
   }
 
   const KernelTable& kernels_;
@@ -328,6 +414,7 @@ class ConvOp final : public Op, public Compensated {
   PatchMap patches_;
   ChunkGrid grid_;
   std::optional<SparseWeight> sparse_;
+  std::optional<Bf16Weight> bf16_;
   std::vector<int32_t> offsets_;         // the weight offsets of a whole input
   std::vector<int32_t> packed_offsets_;  // and in packed weights
   int64_t max_width_ = 0;
@@ -340,6 +427,7 @@ std::unique_ptr<Op> make_conv(StepSpec spec, const KernelTable& kernels, int num
   const SpecReader reader(spec);
   const bool sparse = reader.integer("sparse", 0) != 0;
   reader.check(!sparse || reader.integer("winograd", 0) == 0, "'sparse' and 'winograd' exclude each other");
+  reader.check(!sparse || reader.integer("bf16", 0) == 0, "'sparse' and 'bf16' exclude each other");
   const int64_t tile = sparse ? 0 : choose_winograd_tile(spec, read_conv_shape(spec), kernels);
   if (tile != 0) {
     return make_winograd(std::move(spec), kernels, num_threads, tile);

@@ -5,11 +5,15 @@
 // With "whole_input" all inputs are there and the list alone says which of them count; otherwise only those that run are stored.
 // A sparse weight multiplies the whole input, with zeros where it does not run.
 //
+// Weights are kept as f32 or as bfloat16, which halves what is read; input and sums are f32 in both.
+//
 // Skipped channels at their means m: y = bias + W m + sum over the active c of w_c (x_c - m_c), which costs no more than without.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "base/aligned_buffer.h"
+#include "base/bf16.h"
 #include "plan/ops/factories.h"
 #include "plan/ops/sparse_weight.h"
 #include "plan/ops/spec_reader.h"
@@ -17,6 +21,20 @@
 namespace dynprune {
 namespace {
 
+// A weight as it is kept, and what is kept of it.
+template <class Weight>
+Weight keep(float value) {
+  if constexpr (std::is_same_v<Weight, float>) return value;
+  else return bf16_of(value);
+}
+template <class Weight>
+float kept(float value) {
+  if constexpr (std::is_same_v<Weight, float>) return value;
+  else return float_of(bf16_of(value));
+}
+
+// Weight: float, or uint16_t for bfloat16.
+template <class Weight>
 class LinearOp final : public Op, public Compensated {
  public:
   LinearOp(StepSpec step, const KernelTable& kernels, int num_threads) : Op(std::move(step)), kernels_(kernels) {
@@ -30,7 +48,7 @@ class LinearOp final : public Op, public Compensated {
     reader.check(x_.rows * x_.positions == in_ && (x_.positions == 1 || x_.row_stride == x_.positions),
                  "the input must be " + std::to_string(in_) + " elements in contiguous rows");
     reader.check_rows("the output", spec_.output, out_, 1);
-    weight_ = reader.constant("weight", {out_, in_});
+    const float* weight = reader.constant("weight", {out_, in_});
     bias_ = reader.constant("bias", {out_});
     activation_ = reader.activation();
     sparse_ = reader.integer("sparse", 0) != 0;
@@ -46,10 +64,17 @@ class LinearOp final : public Op, public Compensated {
     parts_ = num_threads == 1 ? 1 : std::min(wanted, units);
     max_outputs_ = (spec_.in_site >= 0 ? (num_panels() + parts_ - 1) / parts_ * panel_ : (out_ + parts_ - 1) / parts_) + 16;
     if (sparse_) {
-      nonzeros_ = make_csr(weight_, out_, in_);
+      nonzeros_ = make_csr(weight, out_, in_);
     } else if (spec_.in_site >= 0) {
-      transpose();
+      transpose(weight);
+    } else if constexpr (std::is_same_v<Weight, float>) {
+      weight_ = weight;
+    } else {
+      rounded_ = AlignedBuffer<Weight>(in_ * out_);
+      for (int64_t i = 0; i < in_ * out_; ++i) rounded_.data()[i] = keep<Weight>(weight[i]);
+      weight_ = rounded_.data();
     }
+    given_ = weight;
   }
 
   int64_t chunks_per_sample() const override { return parts_; }
@@ -66,7 +91,7 @@ class LinearOp final : public Op, public Compensated {
       if (sparse_) {
         multiply_sparse(rows, index, x, bias_, scratch);
       } else {
-        kernels_.dot_rows({rows.end - rows.begin, in_, weight_, in_, index, rows.begin, x, bias_, scratch});
+        multiply(DotRows<Weight>{rows.end - rows.begin, in_, weight_, in_, index, rows.begin, x, bias_, scratch});
       }
       return;
     }
@@ -112,7 +137,7 @@ class LinearOp final : public Op, public Compensated {
     bias_at_means_.assign(bias_, bias_ + out_);
     for (int64_t o = 0; o < out_; ++o) {
       double sum = 0.0;
-      for (int64_t i = 0; i < in_; ++i) sum += static_cast<double>(weight_[o * in_ + i]) * means[i / repeat_];
+      for (int64_t i = 0; i < in_; ++i) sum += static_cast<double>(kept<Weight>(given_[o * in_ + i])) * means[i / repeat_];
       bias_at_means_[o] += static_cast<float>(sum);
     }
   }
@@ -131,13 +156,13 @@ class LinearOp final : public Op, public Compensated {
     return {panels.begin * panel_, std::min(panels.end * panel_, out_)};
   }
 
-  void transpose() {
-    transposed_ = AlignedBuffer<float>(in_ * out_);
+  void transpose(const float* weight) {
+    transposed_ = AlignedBuffer<Weight>(in_ * out_);
     for (int64_t first = 0; first < out_; first += panel_) {
       const int64_t width = panel_width(first);
-      float* panel = transposed_.data() + first * in_;
+      Weight* panel = transposed_.data() + first * in_;
       for (int64_t o = 0; o < width; ++o) {
-        for (int64_t i = 0; i < in_; ++i) panel[i * width + o] = weight_[(first + o) * in_ + i];
+        for (int64_t i = 0; i < in_; ++i) panel[i * width + o] = keep<Weight>(weight[(first + o) * in_ + i]);
       }
     }
   }
@@ -145,14 +170,14 @@ class LinearOp final : public Op, public Compensated {
   // out = start + the active inputs times their rows in the panel that begins at output `first`.
   void sum_panel(int64_t first, const int32_t* active, int64_t count, const float* x, const float* start, float* out) const {
     const int64_t width = panel_width(first);
-    const float* panel = transposed_.data() + first * in_;
+    const Weight* panel = transposed_.data() + first * in_;
     if (repeat_ == 1) {
-      kernels_.axpy_rows({width, count, panel, width, active, x, start, out});
+      multiply(AxpyRows<Weight>{width, count, panel, width, active, x, start, out});
       return;
     }
     std::memcpy(out, start, width * sizeof(float));
     for (int64_t j = 0; j < count; ++j) {
-      kernels_.axpy_rows({width, repeat_, panel + active[j] * repeat_ * width, width, nullptr, x + j * repeat_, out, out});
+      multiply(AxpyRows<Weight>{width, repeat_, panel + active[j] * repeat_ * width, width, nullptr, x + j * repeat_, out, out});
     }
   }
 
@@ -172,6 +197,11 @@ class LinearOp final : public Op, public Compensated {
       for (int64_t i = 0; i < count * repeat_; ++i) x[i] = in[i * x_.row_stride];
     }
   }
+
+  void multiply(const DotRowsArgs& args) const { kernels_.dot_rows(args); }
+  void multiply(const Bf16DotRowsArgs& args) const { kernels_.bf16_dot_rows(args); }
+  void multiply(const AxpyRowsArgs& args) const { kernels_.axpy_rows(args); }
+  void multiply(const Bf16AxpyRowsArgs& args) const { kernels_.bf16_axpy_rows(args); }
 
   void multiply_sparse(Range rows, const int32_t* index, const float* x, const float* start, float* out) const {
     kernels_.sparse_dot({rows.end - rows.begin, nonzeros_.row_start.data(), nonzeros_.column.data(), nonzeros_.value.data(), index,
@@ -199,12 +229,14 @@ class LinearOp final : public Op, public Compensated {
   const KernelTable& kernels_;
   int64_t in_, out_, repeat_;
   Rows x_;
-  const float* weight_;
+  const float* given_;               // [out_][in_]
+  const Weight* weight_ = nullptr;   // the same as it is multiplied; inputs that are not gated only
+  AlignedBuffer<Weight> rounded_;    // what weight_ points to, unless that is given_
   const float* bias_;
   const float* means_ = nullptr;
   std::vector<float> bias_at_means_;
   ActivationSpec activation_;
-  AlignedBuffer<float> transposed_;
+  AlignedBuffer<Weight> transposed_;  // [panel][in_][outputs of the panel]; gated inputs only
   bool sparse_ = false;
   bool whole_input_ = false;
   CsrWeight nonzeros_;
@@ -216,7 +248,11 @@ class LinearOp final : public Op, public Compensated {
 }  // namespace
 
 std::unique_ptr<Op> make_linear(StepSpec spec, const KernelTable& kernels, int num_threads) {
-  return std::make_unique<LinearOp>(std::move(spec), kernels, num_threads);
+  const SpecReader reader(spec);
+  const bool bf16 = reader.integer("bf16", 0) != 0;
+  reader.check(!bf16 || reader.integer("sparse", 0) == 0, "'sparse' and 'bf16' exclude each other");
+  if (bf16) return std::make_unique<LinearOp<uint16_t>>(std::move(spec), kernels, num_threads);
+  return std::make_unique<LinearOp<float>>(std::move(spec), kernels, num_threads);
 }
 
 }  // namespace dynprune

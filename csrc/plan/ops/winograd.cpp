@@ -92,13 +92,14 @@ Group make_group(const ConvShape& shape, int64_t tile, int64_t units_per_row, Ra
 
 // What the steps of a convolution cost, in multiply-adds of one vector. Every weight costs another one for being read: from memory, for
 // the weights of a model do not stay in a cache. With one vector of tiles each broadcast serves one multiply-add only: 0.7 of the rate.
-double direct_cost(const ConvShape& shape, const KernelTable& kernels) {
+// Pairs of bfloat16 take half of both; Winograd stays in f32, as its transforms would lose too many of the few bits.
+double direct_cost(const ConvShape& shape, const KernelTable& kernels, bool bf16) {
   const auto weights = static_cast<double>(shape.out_channels * shape.in_channels * 9);
   const auto tiles = make_conv_tiles(shape, kernels, kernels.gemm_max_tail);
   const double tail = static_cast<double>(tiles.back().tail) / kernels.lanes;
   double vectors = tail;
   for (const PositionTile& tile : tiles) vectors += static_cast<double>(tile.vectors);
-  return weights * (vectors + 1);
+  return weights * (vectors + 1) / (bf16 ? kernels.bf16_per_item : 1);
 }
 
 double winograd_cost(const ConvShape& shape, int64_t tile, int lanes) {
@@ -340,7 +341,8 @@ int64_t choose_winograd_tile(const StepSpec& spec, const ConvShape& shape, const
   }
   if (!is_candidate(shape)) return 0;
   const int64_t best = winograd_cost(shape, 4, kernels.lanes) < winograd_cost(shape, 2, kernels.lanes) ? 4 : 2;
-  return winograd_cost(shape, best, kernels.lanes) < 0.9 * direct_cost(shape, kernels) ? best : 0;
+  const bool bf16 = reader.integer("bf16", 0) != 0;
+  return winograd_cost(shape, best, kernels.lanes) < 0.9 * direct_cost(shape, kernels, bf16) ? best : 0;
 }
 
 std::unique_ptr<Op> make_winograd(StepSpec spec, const KernelTable& kernels, int num_threads, int64_t tile) {

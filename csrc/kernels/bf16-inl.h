@@ -1,0 +1,206 @@
+// Products of bfloat16: packed weight rows and a panel, both as items of 4 bytes, tile by tile as in gather_gemm-inl.h.
+//
+// Where the instruction set multiplies pairs of bfloat16, an item is a pair along the reduction: the panel's rows are woven by two, and
+// so are the columns of the weights that follow each other in the list of those that run. Elsewhere an item is one value, rounded all
+// the same, as f32; so every instruction set gives the same result up to the order of sums.
+#pragma once
+
+#include <cstdint>
+
+#include "base/bf16.h"
+#include "kernels.h"
+#include "kernels/gemm_tile-inl.h"
+
+namespace dynprune {
+namespace {
+
+#if defined(__AVX512BF16__)
+
+constexpr int kBf16PerItem = 2;
+
+inline Vec load_items(const uint32_t* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
+inline Vec broadcast_item(const uint32_t* p) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p)))}; }
+inline Vec multiply_items(Vec w, Vec x, Vec sum) {
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_castps_si512(w.v), (__m512bh)_mm512_castps_si512(x.v))};
+}
+
+// Word 2 i of the result is word i, word 2 i + 1 is word 16 + i.
+inline __m512i weave(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                         18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, halves);
+}
+
+void bf16_tiles(const Bf16TilesArgs& a) {
+  const auto column = [&a](const uint16_t* tile, int64_t j) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + a.column[j] * kPackedRows));
+  };
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    const uint16_t* tile = a.weight + a.tile_index[t] * a.tile_stride;
+    uint32_t* items = a.items + t * a.item_stride;
+    int64_t j = 0;
+    for (; j + 1 < a.k; j += 2, items += kPackedRows) {
+      _mm512_storeu_si512(items, weave(_mm512_inserti64x4(_mm512_castsi256_si512(column(tile, j)), column(tile, j + 1), 1)));
+    }
+    if (j < a.k) _mm512_storeu_si512(items, _mm512_cvtepu16_epi32(column(tile, j)));
+  }
+}
+
+void bf16_panel(const Bf16PanelArgs& a) {
+  uint32_t* panel = a.panel;
+  for (int64_t k = 0; k < a.k; k += 2, panel += a.width) {
+    const float* low = a.in + k * a.in_stride;
+    for (int64_t p = 0; p < a.width; p += Vec::kLanes) {
+      const Vec high = k + 1 < a.k ? load(low + a.in_stride + p) : zero();
+      _mm512_storeu_si512(panel + p, weave((__m512i)_mm512_cvtne2ps_pbh(high.v, load(low + p).v)));
+    }
+  }
+}
+
+#else
+
+constexpr int kBf16PerItem = 1;
+
+inline Vec load_items(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
+inline Vec broadcast_item(const uint32_t* p) { return set1(*reinterpret_cast<const float*>(p)); }
+inline Vec multiply_items(Vec w, Vec x, Vec sum) { return fma(w, x, sum); }
+
+void bf16_tiles(const Bf16TilesArgs& a) {
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    const uint16_t* tile = a.weight + a.tile_index[t] * a.tile_stride;
+    auto* items = reinterpret_cast<float*>(a.items + t * a.item_stride);
+    for (int64_t j = 0; j < a.k; ++j, items += kPackedRows) {
+      for (int64_t row = 0; row < kPackedRows; ++row) items[row] = float_of(tile[a.column[j] * kPackedRows + row]);
+    }
+  }
+}
+
+void bf16_panel(const Bf16PanelArgs& a) {
+  for (int64_t k = 0; k < a.k; ++k) {
+    const float* in = a.in + k * a.in_stride;
+    auto* out = reinterpret_cast<float*>(a.panel + k * a.width);
+    for (int64_t p = 0; p < a.width; ++p) out[p] = float_of(bf16_of(in[p]));
+  }
+}
+
+#endif
+
+template <int MR, int NV>
+void bf16_tile(const Bf16GemmArgs& a, int64_t first) {
+  const uint32_t* weight[MR];
+  Vec sum[MR][NV];
+  for (int i = 0; i < MR; ++i) weight[i] = a.weight + a.row_offset[first + i];
+  const uint32_t* next = a.weight + a.row_offset[first + MR < a.m ? first + MR : a.m - 1];
+  float* out = a.out + first * a.out_stride;
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sum[i][v] = a.accumulate ? load(out + i * a.out_stride + v * Vec::kLanes) : zero();
+  }
+  const uint32_t* panel = a.panel;
+  for (int64_t j = 0; j < a.items; ++j, panel += a.panel_stride) {
+    const int64_t offset = j * kPackedRows;
+    __builtin_prefetch(next + offset, 0, 2);
+    Vec x[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) x[v] = load_items(panel + v * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const Vec w = broadcast_item(weight[i] + offset);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum[i][v] = multiply_items(w, x[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(out + i * a.out_stride + v * Vec::kLanes, sum[i][v]);
+  }
+}
+
+template <int MR, int NV>
+void bf16_some(const Bf16GemmArgs& a, int64_t first, int64_t rows) {
+  if constexpr (MR > 0) {
+    if (rows == MR) return bf16_tile<MR, NV>(a, first);
+    bf16_some<MR - 1, NV>(a, first, rows);
+  }
+}
+
+template <int NV>
+void bf16_width(const Bf16GemmArgs& a, int64_t begin, int64_t end) {
+  if constexpr (NV > 0) {
+    if (a.width != NV * Vec::kLanes) return bf16_width<NV - 1>(a, begin, end);
+    constexpr int kRows = max_tile_rows<NV>();
+    for (; end - begin >= 2 * kRows; begin += kRows) bf16_tile<kRows, NV>(a, begin);
+    const int64_t rest = end - begin;
+    const int64_t first = rest <= kRows ? rest : rest == kRows + kRows / 2 ? kRows : (rest + 1) / 2;
+    bf16_some<kRows, NV>(a, begin, first);
+    bf16_some<kRows, NV>(a, begin + first, rest - first);
+  }
+}
+
+// The positions beside whole vectors of the rows [begin, end), which lie in one packed tile: rows in the lanes, two sums in turn, so
+// that one does not wait for the other.
+template <int kTail>
+void bf16_tail(const Bf16GemmArgs& a, int64_t begin, int64_t end) {
+  constexpr int kVectors = static_cast<int>(kPackedRows) / Vec::kLanes;
+  const uint32_t* weight = a.weight + (a.row_offset[begin] - a.row_offset[begin] % kPackedRows);
+  Vec sum[2][kVectors][kTail];
+#pragma GCC unroll 2
+  for (int s = 0; s < 2; ++s) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+      for (int p = 0; p < kTail; ++p) sum[s][v][p] = zero();
+    }
+  }
+  const auto add_item = [&](int64_t j, Vec (&to)[kVectors][kTail]) {
+    const uint32_t* x = a.panel + j * a.panel_stride + a.width;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec w = load_items(weight + j * kPackedRows + v * Vec::kLanes);
+#pragma GCC unroll 8
+      for (int p = 0; p < kTail; ++p) to[v][p] = multiply_items(w, broadcast_item(x + p), to[v][p]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + 1 < a.items; j += 2) {
+    add_item(j, sum[0]);
+    add_item(j + 1, sum[1]);
+  }
+  if (j < a.items) add_item(j, sum[0]);
+  float rows[kTail][kPackedRows];
+  for (int p = 0; p < kTail; ++p) {
+    for (int v = 0; v < kVectors; ++v) store(rows[p] + v * Vec::kLanes, add(sum[0][v][p], sum[1][v][p]));
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t lane = a.row_offset[i] % kPackedRows;
+    float* out = a.out + i * a.out_stride + a.width;
+    for (int p = 0; p < kTail; ++p) out[p] = rows[p][lane] + (a.accumulate ? out[p] : 0.0f);
+  }
+}
+
+template <int kTail>
+void bf16_tails(const Bf16GemmArgs& a, int64_t begin, int64_t end) {
+  if constexpr (kTail > 0) {
+    if (a.tail != kTail) return bf16_tails<kTail - 1>(a, begin, end);
+    for (int64_t i = begin, next; i < end; i = next) {
+      const int32_t tile = a.row_offset[i] / static_cast<int32_t>(kPackedRows);
+      for (next = i + 1; next < end && a.row_offset[next] / static_cast<int32_t>(kPackedRows) == tile;) ++next;
+      bf16_tail<kTail>(a, i, next);
+    }
+  }
+}
+
+void bf16_gemm(const Bf16GemmArgs& a) {
+  if (a.tail == 0) return bf16_width<kGemmMaxVectors>(a, 0, a.m);
+  constexpr int64_t kBlockRows = 4 * kPackedRows;  // whose weights are still near when the tail reads them again
+  for (int64_t begin = 0; begin < a.m; begin += kBlockRows) {
+    const int64_t end = begin + kBlockRows < a.m ? begin + kBlockRows : a.m;
+    bf16_width<kGemmMaxVectors>(a, begin, end);
+    bf16_tails<kGemmMaxTail>(a, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace dynprune
