@@ -36,8 +36,10 @@ struct PackArgs {
 };
 
 // The same panel where the output plane is as wide as the input plane and the stride is 1: then a tap's element for position p is
-// plane[p + shift[tap]], but for the lanes beyond the border, whose bit in masks[tap][vector] is 0.
-struct PackShiftedArgs {
+// plane[p + shift[tap]], but for the lanes beyond the border, whose bit in masks[tap][vector] is 0. Item: float, or uint32_t for the
+// panel of a product in bfloat16.
+template <class Item>
+struct PackShifted {
   const float* planes;  // at the tile's first position
   int64_t plane_stride;
   int64_t taps;
@@ -45,9 +47,11 @@ struct PackShiftedArgs {
   int64_t num_k;
   const int32_t* shifts;   // [taps]
   const uint32_t* masks;   // [taps][vectors], lane i in bit i
-  float* panel;
+  Item* panel;
   int64_t vectors;
 };
+using PackShiftedArgs = PackShifted<float>;
+using Bf16PackShiftedArgs = PackShifted<uint32_t>;
 
 // And for any stride, where the elements of a vector lie close together: one vector of one tap is the sum of `parts` of these. Lane i of
 // a part is plane[base + pattern[i]], or 0 where bit i of `lanes` is 0. `upper` has the lanes whose pattern is 32 or more.
@@ -440,6 +444,7 @@ struct KernelTable {
   void (*axpy_rows)(const AxpyRowsArgs&);
   void (*bf16_tiles)(const Bf16TilesArgs&);
   void (*bf16_panel)(const Bf16PanelArgs&);
+  void (*bf16_pack_shifted)(const Bf16PackShiftedArgs&);
   void (*bf16_gemm)(const Bf16GemmArgs&);
   void (*bf16_dot_rows)(const Bf16DotRowsArgs&);
   void (*bf16_axpy_rows)(const Bf16AxpyRowsArgs&);

@@ -14,6 +14,7 @@ const KernelTable& avx512_bf16_kernels() {
     kernels.bf16_per_item = kBf16PerItem;
     kernels.bf16_tiles = bf16_tiles;
     kernels.bf16_panel = bf16_panel;
+    kernels.bf16_pack_shifted = bf16_pack_shifted;
     kernels.bf16_gemm = bf16_gemm;
     return kernels;
   }();

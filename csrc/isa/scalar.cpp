@@ -37,6 +37,7 @@ const KernelTable& scalar_kernels() {
       axpy_rows,
       bf16_tiles,
       bf16_panel,
+      bf16_pack_shifted,
       bf16_gemm,
       dot_rows,
       axpy_rows,

@@ -9,6 +9,7 @@
 
 #include "base/bf16.h"
 #include "kernels.h"
+#include "kernels/conv_pack-inl.h"
 #include "kernels/gemm_tile-inl.h"
 
 namespace dynprune {
@@ -31,6 +32,10 @@ inline __m512i weave(__m512i halves) {
   return _mm512_permutexvar_epi16(order, halves);
 }
 
+inline void store_pairs(uint32_t* p, Vec low, Vec high) {
+  _mm512_storeu_si512(p, weave((__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)));
+}
+
 void bf16_tiles(const Bf16TilesArgs& a) {
   const auto column = [&a](const uint16_t* tile, int64_t j) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + a.column[j] * kPackedRows));
@@ -51,8 +56,28 @@ void bf16_panel(const Bf16PanelArgs& a) {
   for (int64_t k = 0; k < a.k; k += 2, panel += a.width) {
     const float* low = a.in + k * a.in_stride;
     for (int64_t p = 0; p < a.width; p += Vec::kLanes) {
-      const Vec high = k + 1 < a.k ? load(low + a.in_stride + p) : zero();
-      _mm512_storeu_si512(panel + p, weave((__m512i)_mm512_cvtne2ps_pbh(high.v, load(low + p).v)));
+      store_pairs(panel + p, load(low + p), k + 1 < a.k ? load(low + a.in_stride + p) : zero());
+    }
+  }
+}
+
+void bf16_pack_shifted(const Bf16PackShiftedArgs& a) {
+  uint32_t* panel = a.panel;
+  for (int64_t k = a.first_k; k < a.first_k + a.num_k; k += 2) {
+    const int64_t tap = k % a.taps;
+    const bool same_plane = tap + 1 < a.taps;
+    const int64_t next_tap = same_plane ? tap + 1 : 0;
+    const float* plane = a.planes + k / a.taps * a.plane_stride;
+    const float* low = plane + a.shifts[tap];
+    const float* high = (same_plane ? plane : plane + a.plane_stride) + a.shifts[next_tap];
+    const uint32_t* low_masks = a.masks + tap * a.vectors;
+    const uint32_t* high_masks = a.masks + next_tap * a.vectors;
+    const bool single = k + 1 == a.first_k + a.num_k;
+    for (int64_t v = 0; v < a.vectors; ++v, panel += Vec::kLanes) {
+      const int64_t p = v * Vec::kLanes;
+      const uint32_t high_mask = single ? 0u : high_masks[v];
+      store_pairs(panel, low_masks[v] != 0 ? load_masked(low + p, low_masks[v]) : zero(),
+                  high_mask != 0 ? load_masked(high + p, high_mask) : zero());
     }
   }
 }
@@ -81,6 +106,13 @@ void bf16_panel(const Bf16PanelArgs& a) {
     auto* out = reinterpret_cast<float*>(a.panel + k * a.width);
     for (int64_t p = 0; p < a.width; ++p) out[p] = float_of(bf16_of(in[p]));
   }
+}
+
+void bf16_pack_shifted(const Bf16PackShiftedArgs& a) {
+  auto* panel = reinterpret_cast<float*>(a.panel);
+  const int64_t width = a.vectors * Vec::kLanes;
+  pack_shifted({a.planes, a.plane_stride, a.taps, a.first_k, a.num_k, a.shifts, a.masks, panel, a.vectors});
+  bf16_panel({a.num_k, width, panel, width, a.panel});
 }
 
 #endif

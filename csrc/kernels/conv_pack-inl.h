@@ -36,7 +36,7 @@ inline void copy_segment_strided(const float* source, int64_t step, float* targe
   for (; i < length; ++i) target[i] = source[i * step];
 }
 
-void pack_patches(const PackArgs& a) {
+inline void pack_patches(const PackArgs& a) {
   const float* plane = a.planes;
   int64_t tap = a.first_k % a.taps;
   plane += (a.first_k / a.taps) * a.plane_stride;
@@ -61,7 +61,7 @@ void pack_patches(const PackArgs& a) {
   }
 }
 
-void pack_shifted(const PackShiftedArgs& a) {
+inline void pack_shifted(const PackShiftedArgs& a) {
   const float* plane = a.planes + (a.first_k / a.taps) * a.plane_stride;
   int64_t tap = a.first_k % a.taps;
   float* panel = a.panel;
@@ -78,7 +78,7 @@ void pack_shifted(const PackShiftedArgs& a) {
   }
 }
 
-void pack_gathered(const PackGatheredArgs& a) {
+inline void pack_gathered(const PackGatheredArgs& a) {
   const float* plane = a.planes + (a.first_k / a.taps) * a.plane_stride;
   int64_t tap = a.first_k % a.taps;
   float* panel = a.panel;

@@ -33,6 +33,8 @@ DEFAULT_KEEPS = (1.0, 0.75, 0.5, 0.25)
 _HEADERS = ("keep", "skip rate", "FLOPs ratio", "median ms", "IQR ms", "speed-up", "realised")
 TOLERANCE = 1e-3
 """The largest difference from the reference, relative to its largest value, that counts as the same output."""
+BF16_TOLERANCE = 5e-2
+"""The same for a model that runs in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,23 @@ class Report:
     machine: Machine
     model: str
     input_shapes: tuple[tuple[int, ...], ...]
+    dtype: str
     keeps: tuple[KeepRow, ...]
     rivals: tuple[RivalRow, ...]
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error that counts as the same output."""
+        return BF16_TOLERANCE if self.dtype == "bfloat16" else TOLERANCE
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain data for JSON."""
         return asdict(self)
 
     def agrees(self) -> bool:
-        """Returns whether every output measured was the reference's within `TOLERANCE`."""
+        """Returns whether every output measured was the reference's within the tolerance."""
         errors = [row.error for row in self.keeps] + [row.error for row in self.rivals if row.error is not None]
-        return all(error <= TOLERANCE for error in errors)
+        return all(error <= self.tolerance for error in errors)
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
@@ -103,6 +111,9 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         "--against", metavar="NAME,...", default=",".join(NAMES), help=f"rivals, of {','.join(NAMES)}, or none; default all"
     )
     parser.add_argument("--threads", metavar="N", type=positive_int, help="for the engine and every rival; default: torch's number here")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the engine's products, and of OpenVINO's; default float32"
+    )
     parser.add_argument("--seconds", metavar="S", type=positive_float, default=3.0, help="timed seconds per row; default 3")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report there")
     add_scenario_arguments(parser)
@@ -127,17 +138,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--json: folder {str(arguments.json.parent)!r} does not exist.")
     if arguments.scenario:
         return run_scenarios(arguments, names)
-    report = benchmark(load_model(arguments), arguments.keep, names, arguments.threads or torch.get_num_threads(), arguments.seconds)
+    threads = arguments.threads or torch.get_num_threads()
+    report = benchmark(load_model(arguments), arguments.keep, names, threads, arguments.seconds, arguments.dtype)
     print(report_text(report))
     if arguments.json:
         arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     if not report.agrees():
-        print(f"dynprune bench: an output differs from the reference by more than {TOLERANCE:g}.", file=sys.stderr)
+        print(f"dynprune bench: an output differs from the reference by more than {report.tolerance:g}.", file=sys.stderr)
         return 1
     return 0
 
 
-def benchmark(loaded: LoadedModel, keeps: tuple[float, ...], rival_names: tuple[str, ...], threads: int, seconds: float) -> Report:
+def benchmark(
+    loaded: LoadedModel, keeps: tuple[float, ...], rival_names: tuple[str, ...], threads: int, seconds: float, dtype: str = "float32"
+) -> Report:
     """Returns the times of the engine at each keep ratio and of the rivals, measured in turns, outputs checked.
 
     The lists of active groups are random, fixed per keep ratio and sample, so no gate is evaluated; gates are timed by `demo`.
@@ -148,6 +162,7 @@ def benchmark(loaded: LoadedModel, keeps: tuple[float, ...], rival_names: tuple[
         rival_names: of `rivals.NAMES`.
         threads: for the engine and each rival.
         seconds: timed seconds per row.
+        dtype: "float32" or "bfloat16", of the engine and of the rivals that can.
     """
     import torch
 
@@ -157,9 +172,10 @@ def benchmark(loaded: LoadedModel, keeps: tuple[float, ...], rival_names: tuple[
     torch.set_num_threads(threads)
     with torch.inference_mode():
         reference = first_tensor(loaded.model(*loaded.inputs))
-    dm = DynamicModel(loaded.model, loaded.inputs).eval()
+    dm = DynamicModel(loaded.model, loaded.inputs, dtype=getattr(torch, dtype)).eval()
     dm.set_num_threads(threads)
-    with built_rivals(rival_names, loaded.model, loaded.inputs, threads) as rivals, torch.no_grad():
+    precision = "bf16" if dtype == "bfloat16" else "f32"
+    with built_rivals(rival_names, loaded.model, loaded.inputs, threads, precision=precision) as rivals, torch.no_grad():
         active = {keep: random_active(dm.sites, keep, loaded.inputs[0].shape[0]) for keep in keeps}
         functions = {f"keep {keep:g}": functools.partial(dm.run_with_active, *loaded.inputs, active=active[keep]) for keep in keeps}
         functions |= {rival.name: rival.run for rival in rivals if rival.run}
@@ -167,7 +183,7 @@ def benchmark(loaded: LoadedModel, keeps: tuple[float, ...], rival_names: tuple[
         rival_rows = [_rival_row(rival, times, reference) for rival in rivals]
         keep_rows = [_keep_row(dm, loaded, keep, active[keep], times, rival_rows) for keep in keeps]
     shapes = tuple(tuple(item.shape) for item in loaded.inputs)
-    return Report(describe_machine(threads), loaded.name, shapes, tuple(keep_rows), tuple(rival_rows))
+    return Report(describe_machine(threads), loaded.name, shapes, dtype, tuple(keep_rows), tuple(rival_rows))
 
 
 def random_active(sites: tuple[Site, ...], keep: float, batch: int) -> dict[str, list[np.ndarray]]:
@@ -272,7 +288,7 @@ def report_text(report: Report) -> str:
     )
     lines = [
         str(report.machine),
-        f"{report.model}, inputs {', '.join(str(shape) for shape in report.input_shapes)}; engine and rivals interleaved in one run",
+        f"{report.model} in {report.dtype}, inputs {', '.join(str(shape) for shape in report.input_shapes)}; engine and rivals interleaved in one run",
         "",
         engine,
     ]

@@ -50,7 +50,9 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def built_rivals(names: tuple[str, ...], model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int) -> Iterator[list[Rival]]:
+def built_rivals(
+    names: tuple[str, ...], model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int, *, precision: str = "f32"
+) -> Iterator[list[Rival]]:
     """Gives the named rivals, ready to run and warmed up, or with the reason why they are not available.
 
     A failure to build a rival is that rival's `reason`, never an error: the other measurements go on. ONNX files live as long as the
@@ -61,21 +63,22 @@ def built_rivals(names: tuple[str, ...], model: nn.Module, inputs: tuple[torch.T
         model: in eval mode; is not changed.
         inputs: one batch.
         threads: for each rival, >= 1.
+        precision: "f32", or "bf16" for what can run in it (OpenVINO).
     """
     import torch
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="dynprune-") as folder:
         onnx_file = Path(folder) / "model.onnx"
-        yield [_build(name, model, inputs, threads, onnx_file) for name in names]
+        yield [_build(name, model, inputs, threads, precision, onnx_file) for name in names]
 
 
-def _build(name: str, model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int, onnx_file: Path) -> Rival:
+def _build(name: str, model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int, precision: str, onnx_file: Path) -> Rival:
     builders = {
         "eager": lambda: _eager(model, inputs),
         "compile": lambda: _compiled(model, inputs),
         "onnxruntime": lambda: _onnxruntime(model, inputs, threads, onnx_file),
-        "openvino": lambda: _openvino(model, inputs, threads, onnx_file),
+        "openvino": lambda: _openvino(model, inputs, threads, precision, onnx_file),
     }
     try:
         run = builders[name]()
@@ -123,12 +126,14 @@ def _onnxruntime(model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: in
     return lambda: session.run(None, feed)[0]
 
 
-def _openvino(model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int, onnx_file: Path) -> Callable[[], object]:
+def _openvino(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int, precision: str, onnx_file: Path
+) -> Callable[[], object]:
     import openvino
 
     export_onnx(model, inputs, onnx_file)
     core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(core.read_model(onnx_file), "CPU", settings).create_infer_request()
     arrays = [value.numpy() for value in inputs]
     return lambda: request.infer(arrays)[0]

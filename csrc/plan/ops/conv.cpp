@@ -49,7 +49,7 @@ class ConvOp final : public Op, public Compensated {
     activation_ = reader.activation();
     tiles_ = make_conv_tiles(shape_, kernels, sparse_ ? 0 : kernels.gemm_max_tail);
     patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_);
-    grid_ = make_chunk_grid(shape_, tiles_, patches_.cycles_per_k, num_threads);
+    grid_ = make_chunk_grid(shape_, tiles_, pack_cycles_per_k(), num_threads, bf16_ ? kernels.bf16_per_item : 1);
     for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) {
       offsets_.push_back(static_cast<int32_t>(i));
       packed_offsets_.push_back(static_cast<int32_t>(i * kPackedRows));
@@ -284,13 +284,7 @@ class ConvOp final : public Op, public Compensated {
         product.width = tile.vectors * kernels_.lanes;
         product.tail = tile.tail;
         product.panel_stride = tile.packed_vectors() * kernels_.lanes;
-        uint32_t* packed = panel;
-        for (int64_t first = k.begin; first < k.end; first += kBf16Stage) {
-          const Range some{first, std::min(first + kBf16Stage, k.end)};
-          const Panel patches = pack(planes, t, some, stage);
-          kernels_.bf16_panel({some.end - some.begin, product.panel_stride, patches.data, patches.stride, packed});
-          packed += kBf16Stage / per_item * product.panel_stride;
-        }
+        pack_bf16(planes, t, k, panel, stage);
         kernels_.bf16_gemm(product);
         product.out += product.panel_stride;
       }
@@ -360,6 +354,29 @@ class ConvOp final : public Op, public Compensated {
         break;
     }
     return {panel, width};
+  }
+
+  // Of one panel row of a tile, with rounding it to bfloat16.
+  double pack_cycles_per_k() const {
+    const double round_cycles = patches_.packing == Packing::kShifted ? -1.0 : 1.5;  // of a vector; both in one pass cost less than one
+    return patches_.cycles_per_k + (bf16_ ? round_cycles * static_cast<double>(tiles_[0].packed_vectors()) : 0.0);
+  }
+
+  // The same in items of bfloat16; `stage` holds some of it as f32 on the way.
+  void pack_bf16(const float* planes, int64_t t, Range k, uint32_t* panel, float* stage) const {
+    const int64_t vectors = tiles_[t].packed_vectors();
+    const int64_t width = vectors * kernels_.lanes;
+    if (patches_.packing == Packing::kShifted) {
+      kernels_.bf16_pack_shifted({planes + tiles_[t].first, x_.row_stride, shape_.taps(), k.begin, k.end - k.begin, patches_.shifts.data(),
+                                  patches_.masks.data() + patches_.first_vector[t], panel, vectors});
+      return;
+    }
+    for (int64_t first = k.begin; first < k.end; first += kBf16Stage) {
+      const Range some{first, std::min(first + kBf16Stage, k.end)};
+      const Panel patches = pack(planes, t, some, stage);
+      kernels_.bf16_panel({some.end - some.begin, width, patches.data, patches.stride, panel});
+      panel += kBf16Stage / kernels_.bf16_per_item * width;
+    }
   }
 
   // weight_offset[k] of reduction index k: channel within the group times taps, plus tap; `distance` from one to the next.

@@ -216,7 +216,8 @@ bool reads_less_rows_first(const ConvShape& shape, const ChunkGrid& grid) {
 
 }  // namespace
 
-ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile>& tiles, double pack_cycles_per_k, int num_threads) {
+ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile>& tiles, double pack_cycles_per_k, int num_threads,
+                          int speed) {
   // A chunk of about 3 million multiply-adds takes 50 us at 60 G multiply-adds a second; a chunk late by that much is bearable. Large
   // steps bear more, and are packed fewer times.
   constexpr int64_t kMinChunkMacs = 3'000'000;
@@ -227,7 +228,7 @@ ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile
   constexpr double kPackShare = 0.03;
   constexpr double kMinRows = 24.0;
   const auto num_tiles = static_cast<int64_t>(tiles.size());
-  const int64_t macs = shape.out_channels * shape.group_inputs() * shape.taps() * shape.positions();
+  const int64_t macs = shape.out_channels * shape.group_inputs() * shape.taps() * shape.positions() / speed;
   const int64_t kChunkMacs = std::clamp(macs / (16 * num_threads), kMinChunkMacs, kMaxChunkMacs);
   int64_t wanted = std::max<int64_t>(1, macs / kChunkMacs);
   const bool shared = num_threads > 1 && macs > kChunkMacs / 4;
@@ -236,7 +237,7 @@ ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile
   for (const PositionTile& tile : tiles) vectors += tile.vectors;
   wanted = std::max(wanted, (shape.out_channels * vectors + kMaxResultVectors - 1) / kMaxResultVectors);
   ChunkGrid grid{std::min(num_tiles, wanted), 1, false};
-  const double pack_cycles = pack_cycles_per_k * static_cast<double>(num_tiles) / static_cast<double>(vectors);
+  const double pack_cycles = speed * pack_cycles_per_k * static_cast<double>(num_tiles) / static_cast<double>(vectors);
   const double rows_worth = std::max(kMinRows, pack_cycles / kPackShare);
   auto max_row_parts = static_cast<int64_t>(static_cast<double>(shape.out_channels) / rows_worth);
   if (shared) max_row_parts = std::max(max_row_parts, (2 * num_threads + grid.position_parts - 1) / grid.position_parts);

@@ -78,6 +78,8 @@ struct ChunkGrid {
   int64_t position_part(int64_t part) const { return rows_first ? part / row_parts : part % position_parts; }
   int64_t row_part(int64_t part) const { return rows_first ? part % row_parts : part / position_parts; }
 };
-ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile>& tiles, double pack_cycles_per_k, int num_threads);
+// `speed`: multiply-adds at a time, in those of f32.
+ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile>& tiles, double pack_cycles_per_k, int num_threads,
+                          int speed = 1);
 
 }  // namespace dynprune
