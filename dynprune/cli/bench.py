@@ -286,9 +286,10 @@ def report_text(report: Report) -> str:
             for row in report.keeps
         ],
     )
+    shapes = ", ".join(str(shape) for shape in report.input_shapes)
     lines = [
         str(report.machine),
-        f"{report.model} in {report.dtype}, inputs {', '.join(str(shape) for shape in report.input_shapes)}; engine and rivals interleaved in one run",
+        f"{report.model} in {report.dtype}, inputs {shapes}; engine and rivals interleaved in one run",
         "",
         engine,
     ]

@@ -58,6 +58,14 @@ def test_first_images_agree_with_pytorch(data, test_set) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bfloat16_keeps_the_accuracy(data, test_set, name: str) -> None:
+    inputs, labels = test_set
+    dm = DynamicModel(data.network(name), inputs[:1], dtype=torch.bfloat16)
+    assert accuracy(predictions(dm, inputs), labels) >= accuracy(predictions(dm.model, inputs), labels) - 0.3
+
+
+@pytest.mark.slow
 def test_15_per_cent_skipped_cost_at_most_one_point(data, test_set) -> None:
     inputs, labels = test_set
     images, _ = data.cifar10("train")
