@@ -76,7 +76,7 @@ def test_doctor_here(capsys, monkeypatch):
     monkeypatch.delenv("DYNPRUNE_MAX_ISA", raising=False)
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^kernels +(scalar|avx2|avx512), of scalar", printed, flags=re.MULTILINE)
+    assert re.search(r"^kernels +(scalar|avx2|avx512|avx512_bf16), of scalar", printed, flags=re.MULTILINE)
     assert "monitor source" in printed
     assert "CPU load" in printed
 
