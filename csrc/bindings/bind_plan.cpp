@@ -162,8 +162,27 @@ void begin(PyWorkspace& self, float level, int64_t deadline_ns, float slowdown) 
   self.workspace->gates().begin(level, deadline_ns, slowdown);
 }
 
-// `active`: per site None (whole) or one ascending list of groups per sample.
-void begin_given(PyWorkspace& self, const std::vector<std::optional<std::vector<std::vector<int32_t>>>>& active) {
+// An array of int32 is copied at once, any other sequence number by number.
+std::vector<int32_t> read_groups(const py::object& list) {
+  if (py::isinstance<py::array_t<int32_t>>(list)) {
+    const auto array = py::reinterpret_borrow<py::array_t<int32_t>>(list);
+    if (array.ndim() == 1 && array.strides(0) == sizeof(int32_t)) return {array.data(), array.data() + array.size()};
+  }
+  try {
+    return list.cast<std::vector<int32_t>>();
+  } catch (const py::cast_error&) {
+    throw py::type_error("a list of active groups must hold ints.");
+  }
+}
+
+// `given`: per site None (whole) or one ascending list of groups per sample.
+void begin_given(PyWorkspace& self, const std::vector<std::optional<std::vector<py::object>>>& given) {
+  std::vector<std::optional<std::vector<std::vector<int32_t>>>> active(given.size());
+  for (size_t s = 0; s < given.size(); ++s) {
+    if (!given[s]) continue;
+    active[s].emplace();
+    for (const py::object& list : *given[s]) active[s]->push_back(read_groups(list));
+  }
   const auto& sites = self.workspace->plan().sites();
   const int64_t batch = self.workspace->batch();
   if (active.size() != sites.size()) {
@@ -267,7 +286,7 @@ void bind_plan(py::module_& m) {
   py::class_<PyWorkspace, std::shared_ptr<PyWorkspace>>(m, "Workspace")
       .def("bind", &bind, py::arg("buffer"), py::arg("address"), py::arg("sample_stride"), py::arg("owner"))
       .def("begin", &begin, py::arg("level"), py::arg("deadline_ns") = 0, py::arg("slowdown") = 1.0f)
-      .def("begin_given", &begin_given, py::arg("active"))
+      .def("begin_given", &begin_given, py::arg("given"))
       .def("run", &run, py::arg("first"), py::arg("last"), py::arg("num_threads"))
       .def("infer", &infer, py::arg("buffers"), py::arg("level"), py::arg("deadline_ns"), py::arg("slowdown"), py::arg("num_threads"))
       .def("counts", &counts)
