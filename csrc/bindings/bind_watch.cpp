@@ -1,6 +1,8 @@
 // Reads what a model's parameters and modules are now; called once per inference, so without Python code in the loop.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <cstring>
 #include <stdexcept>
 
 namespace py = pybind11;
@@ -8,15 +10,36 @@ namespace py = pybind11;
 namespace dynprune {
 namespace {
 
+// After an inference nothing of this is in a cache any more, and all of it hangs on chains of pointers. So each link is fetched this many
+// objects before it is followed, the next one half as many before.
+constexpr Py_ssize_t kAhead = 16;
+constexpr size_t kLine = 64;
+
+inline void prefetch(const void* address, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(address) + at);
+}
+
+void prefetch_table(const py::tuple& tables, Py_ssize_t i) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(tables.ptr());
+  if (i + kAhead < count) prefetch(PyTuple_GET_ITEM(tables.ptr(), i + kAhead), kLine);
+  if (i + kAhead / 2 < 0 || i + kAhead / 2 >= count) return;
+  PyObject* const table = PyTuple_GET_ITEM(tables.ptr(), i + kAhead / 2);
+  if (PyDict_Check(table)) prefetch(reinterpret_cast<PyDictObject*>(table)->ma_keys, 3 * kLine);
+}
+
 // Whether the values of the dicts `tables`, one after the other, are the very objects in `members`.
 bool same_members(const py::tuple& tables, const py::tuple& members) {
+  const Py_ssize_t num_tables = PyTuple_GET_SIZE(tables.ptr());
   const Py_ssize_t count = PyTuple_GET_SIZE(members.ptr());
   Py_ssize_t i = 0;
-  for (const py::handle table : tables) {
-    if (!PyDict_Check(table.ptr())) throw py::type_error("tables must be dicts.");
+  for (Py_ssize_t t = -kAhead; t < 0; ++t) prefetch_table(tables, t);
+  for (Py_ssize_t t = 0; t < num_tables; ++t) {
+    PyObject* const table = PyTuple_GET_ITEM(tables.ptr(), t);
+    if (!PyDict_Check(table)) throw py::type_error("tables must be dicts.");
+    prefetch_table(tables, t);
     PyObject* value = nullptr;
     Py_ssize_t place = 0;
-    while (PyDict_Next(table.ptr(), &place, nullptr, &value) != 0) {
+    while (PyDict_Next(table, &place, nullptr, &value) != 0) {
       if (i == count || PyTuple_GET_ITEM(members.ptr(), i) != value) return false;
       ++i;
     }
@@ -25,19 +48,26 @@ bool same_members(const py::tuple& tables, const py::tuple& members) {
 }
 
 // The sum of `tensor._version`, how often each was written in place. `version` is the attribute's descriptor; a built-in one is asked
-// straight, which takes half the time of looking the attribute up in each tensor.
-int64_t version_sum(const py::tuple& tensors, const py::object& version) {
+// straight, which takes half the time of looking the attribute up in each tensor. `blocks` may hold the addresses (uint64) of what stands
+// behind the tensors' Python objects, only to fetch it ahead.
+int64_t version_sum(const py::tuple& tensors, const py::object& version, const py::bytes& blocks) {
   if (!PyObject_TypeCheck(version.ptr(), &PyGetSetDescr_Type)) throw py::type_error("version must be a built-in attribute.");
   const auto* descriptor = reinterpret_cast<PyGetSetDescrObject*>(version.ptr());
   const PyGetSetDef& access = *descriptor->d_getset;
   if (access.get == nullptr) throw py::type_error("version must be readable.");
-  // After an inference the tensors are no longer in the cache, and each hangs on a chain of pointers: the heads are fetched ahead.
-  constexpr Py_ssize_t kAhead = 8;
+  constexpr size_t kBlockBytes = 192;
+  const auto num_blocks = static_cast<Py_ssize_t>(PyBytes_GET_SIZE(blocks.ptr()) / sizeof(uint64_t));
   const Py_ssize_t count = PyTuple_GET_SIZE(tensors.ptr());
   int64_t sum = 0;
-  for (Py_ssize_t i = 0; i < count; ++i) {
+  for (Py_ssize_t i = -kAhead; i < count; ++i) {
+    if (i + kAhead < count) {
+      prefetch(PyTuple_GET_ITEM(tensors.ptr(), i + kAhead), kLine);
+      uint64_t block = 0;
+      if (i + kAhead < num_blocks) std::memcpy(&block, PyBytes_AS_STRING(blocks.ptr()) + (i + kAhead) * sizeof block, sizeof block);
+      if (block != 0) prefetch(reinterpret_cast<const void*>(block), kBlockBytes);
+    }
+    if (i < 0) continue;
     PyObject* const tensor = PyTuple_GET_ITEM(tensors.ptr(), i);
-    if (i + kAhead < count) __builtin_prefetch(PyTuple_GET_ITEM(tensors.ptr(), i + kAhead));
     if (!PyObject_TypeCheck(tensor, PyDescr_TYPE(descriptor))) throw py::type_error("tensors must have the attribute.");
     const auto value = py::reinterpret_steal<py::object>(access.get(tensor, access.closure));
     if (!value) throw py::error_already_set();
@@ -47,16 +77,18 @@ int64_t version_sum(const py::tuple& tensors, const py::object& version) {
   return sum;
 }
 
-bool unchanged(const py::tuple& tables, const py::tuple& members, const py::tuple& tensors, const py::object& version, int64_t sum) {
-  return same_members(tables, members) && version_sum(tensors, version) == sum;
+bool unchanged(const py::tuple& tables, const py::tuple& members, const py::tuple& tensors, const py::object& version,
+               const py::bytes& blocks, int64_t sum) {
+  return same_members(tables, members) && version_sum(tensors, version, blocks) == sum;
 }
 
 }  // namespace
 
 void bind_watch(py::module_& m) {
   m.def("same_members", &same_members, py::arg("tables"), py::arg("members"));
-  m.def("unchanged", &unchanged, py::arg("tables"), py::arg("members"), py::arg("tensors"), py::arg("version"), py::arg("sum"));
-  m.def("version_sum", &version_sum, py::arg("tensors"), py::arg("version"));
+  m.def("unchanged", &unchanged, py::arg("tables"), py::arg("members"), py::arg("tensors"), py::arg("version"), py::arg("blocks"),
+        py::arg("sum"));
+  m.def("version_sum", &version_sum, py::arg("tensors"), py::arg("version"), py::arg("blocks") = py::bytes());
 }
 
 }  // namespace dynprune

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,12 +28,13 @@ class Watch:
         uncounted = {id(module.num_batches_tracked) for module in modules if isinstance(module, _BatchNorm)}
         uncounted |= {id(module.keep_frequency) for module in modules if isinstance(module, Gate)}
         self._tensors = tuple(x for x in self._members if isinstance(x, Tensor) and not x.is_inference() and id(x) not in uncounted)
+        self._blocks = np.array([getattr(x, "_cdata", 0) for x in self._tensors], np.uint64).tobytes()
         self._version = _C.version_sum(self._tensors, _VERSION)
         self._all_on_cpu = all(x.device.type == "cpu" for x in self._members if isinstance(x, Tensor))
 
     def changed(self) -> bool:
         """Whether anything was replaced or written."""
-        return not _C.unchanged(self._tables, self._members, self._tensors, _VERSION, self._version)
+        return not _C.unchanged(self._tables, self._members, self._tensors, _VERSION, self._blocks, self._version)
 
     def replaced(self) -> bool:
         """Whether a parameter, buffer or module is another object than it was."""
