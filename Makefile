@@ -1,7 +1,7 @@
 # make demo      install into .venv and show the whole thing on real data, three minutes after the installs
 # make test      install into .venv and run the tests; test-all adds the slow ones
 # make build     recompile the engine in place, only what changed
-# make lint | sanitize | bench | clean
+# make lint | sanitize | sanitize-threads | bench | clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ENGINE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: demo test test-all build lint sanitize bench clean
+.PHONY: demo test test-all build lint sanitize sanitize-threads bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/dynprune demo --out demo-output
@@ -30,9 +30,19 @@ lint: $(VENV)/ruff
 
 # The whole package is built once more, apart, and the kernel tests run on that copy under both sanitizers.
 sanitize: $(VENV)/installed $(VENV)/build-tools
-	DYNPRUNE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	DYNPRUNE_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=lib \
 	  ../../$(BIN)/python -m pytest --capture=sys -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels
+
+# The same under the thread sanitizer, on all that runs on several threads: once so that no chunk is computed twice and nothing may race,
+# once as in earnest (csrc/base/thread_sanitizer.h). Forks, ends of the interpreter and hundreds of threads are beyond the sanitizer.
+THREADED := ../../tests/test_executor.py ../../tests/kernels -k 'thread and kernels or test_executor and not (1000 or fork or interpreter)'
+sanitize-threads: $(VENV)/installed $(VENV)/build-tools
+	DYNPRUNE_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/sanitize-threads --build-lib build/sanitize-threads/lib
+	cd build/sanitize-threads && for patient in "DYNPRUNE_PATIENT=1" ""; do \
+	  env $$patient LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $$(g++ -print-file-name=libstdc++.so)" PYTHONPATH=lib \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66 \
+	  ../../$(BIN)/python -m pytest --capture=sys -p no:cacheprovider -c ../../pyproject.toml $(THREADED) || exit 1; done
 
 bench: $(VENV)/installed $(VENV)/models $(VENV)/bench
 	$(BIN)/python bench/bench_models.py

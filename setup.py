@@ -1,7 +1,8 @@
 """Builds `dynprune.runtime._C`: one extension for plan and bindings, one static library per instruction set.
 
 Only the files in csrc/isa/ see -m flags, so nothing else can contain an instruction that some CPU lacks. Metadata is in pyproject.toml.
-Set DYNPRUNE_SANITIZE=1 to build with the address and undefined-behaviour sanitizers, DYNPRUNE_BUILD_JOBS to bound the parallel compiles.
+Set DYNPRUNE_SANITIZE=address to build with the address and undefined-behaviour sanitizers, =thread with the thread sanitizer;
+DYNPRUNE_BUILD_JOBS bounds the parallel compiles.
 """
 
 import os
@@ -18,8 +19,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx512"] = [f"-mavx512{group}" for group in ("f", "cd", "bw", "dq", "vl")] + ["-mfma", "-mprefer-vector-width=512"]
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
-SANITIZE = os.environ.get("DYNPRUNE_SANITIZE") == "1"
-SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
+SANITIZERS = {"address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "thread": ["-fsanitize=thread"]}
+SANITIZE = os.environ.get("DYNPRUNE_SANITIZE")
+if SANITIZE and SANITIZE not in SANITIZERS:
+    raise SystemExit(f"DYNPRUNE_SANITIZE={SANITIZE!r} is unknown; choose one of {', '.join(SANITIZERS)}.")
+SANITIZER_FLAGS = SANITIZERS[SANITIZE] if SANITIZE else []
 OPTIMISE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
 CFLAGS = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *OPTIMISE_FLAGS, *SANITIZER_FLAGS]
 

@@ -112,6 +112,20 @@ def test_heavy_tails_are_learned(percentile):
     assert world.miss_rate(from_s=10) <= 1 - percentile / 100
 
 
+def test_the_margin_shrinks_while_the_budget_is_kept_and_is_back_after_a_step():
+    world = World(8.0, load=lambda now_s, chance: 1.4 if now_s >= 30 else 1.0).run(28)
+    normal, arm = world.controller._normal_margin, world.controller._arm
+    assert arm.margin < normal - 0.05 and world.miss_rate(from_s=5) <= 0.02
+    world.run(2.1)
+    assert arm.margin >= normal - 0.01
+
+
+def test_a_budget_out_of_reach_does_not_widen_the_margin():
+    world = World(8.0, load=lambda now_s, chance: 6.0 if 5 <= now_s < 25 else 1.0).run(26)
+    assert not all(latency_ms <= 8.0 for start_s, _, latency_ms in world.trace if start_s < 25)
+    assert world.controller._arm.margin <= 1.5 * world.controller._normal_margin
+
+
 def test_the_spread_of_hard_inputs_widens_the_margin():
     world = World(12.0, hardness=0.25, noise=0.0).run(60)
     assert world.miss_rate(from_s=2) <= 0.05
@@ -165,7 +179,7 @@ def test_the_guard_does_not_make_hard_inputs_look_easy():
         whole_ms = 1.5 * frontier.latency_ms_at(level)
         guarded.append(whole_ms > 9.0)
         latency_ms = 0.8 * 9.0 if guarded[-1] else whole_ms
-        world.controller.observe(latency_ms, 0.9 * latency_ms, guarded_ms=9.0 if guarded[-1] else None)
+        world.controller.observe(latency_ms, 0.9 * latency_ms, guarded=guarded[-1])
     assert guarded[0]
     assert not any(guarded[-50:])
     assert world.controller.slowdown == pytest.approx(1.0, abs=0.02)

@@ -114,6 +114,19 @@ def test_changing_load(count):
     assert changes <= 0.05
 
 
+def test_wide_noise_costs_little_more_than_anybody_must_pay():
+    """Latencies that spread by a tenth leave slack at any level that keeps the percentile; the controller adds a fourth of it at most."""
+    budget_ms, percentile = 12.0, 95
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.1, 50_021))
+    served = serve(phases, 20_000, budget_ms, percentile, noise=noise)
+    rested = settled(served)
+    assert served.misses(budget_ms, rested) <= 0.03
+    assert hindsight_loss(served, budget_ms, percentile) <= 0.006
+    kept = rested & (served.level > 0) & (served.latency_ms <= budget_ms)
+    unavoidable = 1 - np.mean(noise[noise <= np.quantile(noise, 0.95)]) / np.quantile(noise, 0.95)
+    assert np.mean(1 - served.latency_ms[kept] / budget_ms) <= 1.35 * unavoidable
+
+
 @pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_budget_is_kept_again_within_three_inferences(count):
     budget_ms = 12.0

@@ -7,6 +7,7 @@
 
 #include "base/denormals.h"
 #include "base/spin.h"
+#include "base/thread_sanitizer.h"
 
 namespace dynprune {
 namespace {
@@ -91,7 +92,7 @@ void Workspace::run(int64_t first, int64_t last, int num_threads) {
   float* scratch = thread_scratch(plan_->scratch_floats());
   if (profiling_) {
     std::fill(step_ns_.begin() + first, step_ns_.begin() + last, 0);
-    step_began_ns_ = now_ns();
+    step_began_ns_.store(now_ns(), std::memory_order_relaxed);
   }
   const FlushDenormals flush;
   if (num_threads == 1) return run_alone(first, last, scratch);
@@ -103,6 +104,7 @@ void Workspace::run(int64_t first, int64_t last, int num_threads) {
   for (int64_t step = first; step < last; ++step) done_[step].count.store(0, std::memory_order_relaxed);
   cursor_.store(epoch << kStepBits | static_cast<uint64_t>(first), std::memory_order_release);
   ThreadPool::instance().run(shared_from_this(), num_threads);
+  while (profiling_ && !idle()) pause();  // who moved the run on writes the step's time after that
 }
 
 void Workspace::work(int slot) {
@@ -141,7 +143,7 @@ void Workspace::work(int slot) {
     const int64_t claimed_ns = now_ns();
     const int64_t patience = std::max(kPatienceNs, mine == 0 ? 0 : kPatienceChunks * (claimed_ns - began_ns) / mine);
     for (int64_t since = claimed_ns; cursor_.load(std::memory_order_acquire) == cursor;) {
-      if (now_ns() - since > patience) {
+      if (now_ns() - since > patience && overtakes()) {
         overtake(op, step, chunks, epoch, scratch);
         since = now_ns();
       }
@@ -161,8 +163,7 @@ void Workspace::run_alone(int64_t first, int64_t last, float* scratch) {
     }
     if (profiling_) {
       const int64_t now = now_ns();
-      step_ns_[step] = now - step_began_ns_;
-      step_began_ns_ = now;
+      step_ns_[step] = now - step_began_ns_.exchange(now, std::memory_order_relaxed);
     }
   }
 }
@@ -177,7 +178,10 @@ bool Workspace::try_chunk(const Op& op, int64_t step, int64_t chunk, uint64_t ex
   const int64_t sample = chunk / parts;
   const int64_t part = chunk % parts;
   const bool runs = plan_->runs(step, gates_, sample);
-  if (runs) op.compute(view_, sample, part, scratch);
+  if (runs) {
+    const LateReads late;
+    op.compute(view_, sample, part, scratch);
+  }
   // Another thread may have claimed the chunk meanwhile without having finished it: then this result is as good.
   for (;;) {
     if (claimed >> kClaimBits != epoch || (claimed & kDone) >= kCommitting) return true;
@@ -195,13 +199,9 @@ bool Workspace::try_chunk(const Op& op, int64_t step, int64_t chunk, uint64_t ex
 }
 
 void Workspace::advance(uint64_t cursor) {
-  int64_t now = 0;
-  const int64_t began = step_began_ns_;
-  if (profiling_) now = now_ns();
+  const int64_t now = profiling_ ? now_ns() : 0;
   if (!cursor_.compare_exchange_strong(cursor, cursor + 1, std::memory_order_acq_rel) || !profiling_) return;
-  const auto step = static_cast<int64_t>(cursor & kStepMask);
-  step_ns_[step] = now - began;
-  step_began_ns_ = now;
+  step_ns_[cursor & kStepMask] = now - step_began_ns_.exchange(now, std::memory_order_relaxed);
 }
 
 void Workspace::overtake(const Op& op, int64_t step, int64_t chunks, uint64_t epoch, float* scratch) {

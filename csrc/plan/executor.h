@@ -6,7 +6,8 @@
 //
 // A thread that was overtaken may still read the workspace when the run is over. So a workspace is not used again, and what the caller
 // bound to it is not let go, while any thread is inside (`idle()`). Within a run a late reader may see a later step's data: its
-// result is dropped, and every index it can read is valid, so it only wastes its own time. These reads race by design.
+// result is dropped, and every index it can read is valid, so it only wastes its own time. These reads, all in Op::compute of a chunk
+// that was computed twice, race by design; nothing else does (`make sanitize-threads`).
 #pragma once
 
 #include <atomic>
@@ -44,7 +45,7 @@ class Workspace final : public Job, public std::enable_shared_from_this<Workspac
   bool idle() const { return inside_.load(std::memory_order_acquire) == 0; }
 
   // Times of the steps of the last run in nanoseconds, where `set_profiling(true)` was called; 0 for steps not run.
-  // Gates, and what only they read, run then even where they decide nothing.
+  // Gates, and what only they read, run then even where they decide nothing, and a run waits for late threads.
   void set_profiling(bool on) {
     profiling_ = on;
     gates_.set_always_run(on);
@@ -81,7 +82,7 @@ class Workspace final : public Job, public std::enable_shared_from_this<Workspac
   std::atomic<int64_t> last_{0};
   std::atomic<int> num_threads_{1};
   bool profiling_ = false;
-  int64_t step_began_ns_ = 0;
+  std::atomic<int64_t> step_began_ns_{0};
   std::vector<int64_t> step_ns_;
 };
 

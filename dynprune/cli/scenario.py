@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from dynprune.runtime.model import DynamicModel
 
 _HEADERS = (
-    "variant", "n", "p50 ms", "p95 ms", "p99 ms", "steady misses", "first second", "recovers at", "slack", "mean level", "guarded",
-    "level changes", "accuracy loss",
+    "variant", "n", "p50 ms", "p95 ms", "p99 ms", "steady misses", "first second", "recovers at", "slack", "in hindsight",
+    "mean level", "guarded", "level changes", "accuracy loss",
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def scenario_text(report: ScenarioReport) -> str:
             figures.p99_ms,
             *(_per_cent(share) for share in (figures.steady_misses, figures.first_second_misses)),
             str(figures.recovery),
-            _per_cent(figures.slack),
+            *(_per_cent(share) for share in (figures.slack, figures.hindsight_slack)),
             figures.mean_level,
             *(_per_cent(share) for share in (figures.guarded, figures.level_changes)),
             _per_cent(figures.accuracy_loss),

@@ -56,6 +56,8 @@ class Figures:
         recovery: number of the inference, counted from the first that missed after a rise of the load, that kept the budget again: the
             largest over the rises; 1 where none missed.
         slack: mean share of the budget left by inferences that kept it at a level above 0 (at level 0 there is nothing to spend it on).
+        hindsight_slack: the same, had each phase run at its best fixed level in hindsight: what the spread of the latencies costs anybody
+            who keeps the percentile.
         mean_level: at the end of the inferences.
         guarded: share of the inferences in which the deadline guard acted.
         level_changes: share of the inferences that began at another level than the one before.
@@ -71,6 +73,7 @@ class Figures:
     first_second_misses: float
     recovery: int
     slack: float
+    hindsight_slack: float
     mean_level: float
     guarded: float
     level_changes: float
@@ -103,6 +106,7 @@ def figures_of(trace: Trace, budget_ms: float, percentile: float, frontier: Fron
         if latency <= budget_ms and level > 0
     ]
     rises = [i for i in changes if trace.load[i] > trace.load[i - 1]]
+    hindsight_slack, accuracy_loss = _against_hindsight(trace, [0, *changes, len(trace)], budget_ms, percentile, frontier)
     return Figures(
         len(trace),
         *percentiles(trace.latency_ms),
@@ -110,10 +114,11 @@ def figures_of(trace: Trace, budget_ms: float, percentile: float, frontier: Fron
         _mean(first_second),
         max((_recovery(trace, i, budget_ms) for i in rises), default=1),
         _mean(kept),
+        hindsight_slack,
         _mean(trace.end_level),
         _mean([end > begin + 1e-6 for begin, end in zip(trace.level, trace.end_level, strict=True)]),
         _mean([a != b for a, b in pairwise(trace.level)]),
-        _accuracy_loss(trace, [0, *changes, len(trace)], budget_ms, percentile, frontier),
+        accuracy_loss,
     )
 
 
@@ -128,9 +133,10 @@ def _recovery(trace: Trace, first: int, budget_ms: float) -> int:
     return number
 
 
-def _accuracy_loss(trace: Trace, bounds: list[int], budget_ms: float, percentile: float, frontier: Frontier) -> float:
-    """Compares with the lowest level that would have kept the budget in `percentile` of each phase, had it met the same slow-downs."""
-    losses = []
+def _against_hindsight(trace: Trace, bounds: list[int], budget_ms: float, percentile: float, frontier: Frontier) -> tuple[float, float]:
+    """Returns the slack of the lowest level that would have kept the budget in `percentile` of each phase, had it met the same
+    slow-downs, and its accuracy less that of the levels that ran."""
+    losses, slacks = [], []
     for begin, end in pairwise(bounds):
         if end - begin < 2:
             continue
@@ -138,7 +144,10 @@ def _accuracy_loss(trace: Trace, bounds: list[int], budget_ms: float, percentile
         level, _ = frontier.level_for(budget_ms / percentiles(slowdowns, (percentile,))[0])
         best = frontier.accuracy_at(level)
         losses += [best - frontier.accuracy_at(trace.end_level[i]) for i in range(begin, end)]
-    return _mean(losses)
+        if level > 0:
+            left = [1 - slowdown * frontier.latency_ms_at(level) / budget_ms for slowdown in slowdowns]
+            slacks += [share for share in left if share >= 0]
+    return _mean(slacks), _mean(losses)
 
 
 def _mean(values: list) -> float:

@@ -25,6 +25,8 @@ _HARDNESS_RATE = 0.05
 """Share of the newest inference in the running mean and variance of how hard inputs are."""
 _MARGIN_RATE = 0.1
 """Deviations that the margin gains by a latency beyond it at the 95th percentile; at higher ones, which are exceeded less often, more."""
+_AIM, _CAUTIOUS_AIM = 0.9, 0.35
+"""Share of the misses allowed that the margin aims at; the latter below the normal distribution's, to leave some for changes of load."""
 _MOST_EXTRA_MARGIN = 20.0
 """Deviations by which the margin may grow beyond the normal distribution's: a p99 under 2 % spikes of twice the time needs 17."""
 _SEEN_RATE = 0.2
@@ -48,8 +50,11 @@ class LatencyController:
     An inference at a level is expected to take the frontier's time, times how much harder the inputs are than the calibration's, times
     how much slower the machine is than when it was idle. Both factors are learned as logarithms, with their variance: hardness from
     predicted over mean predicted time, slow-down from observed over predicted (so hard inputs do not look like load). The level is the
-    lowest whose expected time, at `percentile` of the spread, fits. The normal distribution gives the margin at first; it grows when
-    more latencies than promised exceed it (an online quantile estimate). A `ResourceSample` that shows more load than the recent
+    lowest whose expected time, at `percentile` of the spread, fits. The normal distribution gives the margin at first; then it follows
+    the misses (an online quantile estimate): it grows with each, and shrinks with each inference that keeps the budget at a level above
+    0, down to the level whose mean fits, so that nearly as many happen as `percentile` allows, or a third of them where that is less margin
+    than the normal distribution's. After a step upwards, and after two misses in a
+    row, it is the normal distribution's again at least. A `ResourceSample` that shows more load than the recent
     inferences have met raises the expectation before the first slow one. The level tightens at once and relaxes after calm.
 
     Where the frontier knows the times of fewer threads, each number of threads has its own estimate, and the one that needs the lowest
@@ -99,6 +104,7 @@ class LatencyController:
         self._sampled_others: float | None = None
         self._load = 0.0
         self._seen_load = 0.0
+        self._missed = False
         self._wanted: deque[tuple[int, float, int]] = deque()
         self._step = 0
         self.set_budget(budget_ms, percentile=percentile)
@@ -167,7 +173,7 @@ class LatencyController:
             self._percentile = percentile
             self._target_misses = min(max(1 - percentile / 100, 1e-9), 1 - 1e-9)
             self._margin_rate = _MARGIN_RATE * max(1.0, math.sqrt(0.05 / max(self._target_misses, 0.002)))
-            self._least_margin = NormalDist().inv_cdf(1 - self._target_misses)
+            self._normal_margin = NormalDist().inv_cdf(1 - self._target_misses)
             self._wanted.clear()
             self._set_margins()
             wanted, self._arm = self._choose(budget_ms)
@@ -218,7 +224,8 @@ class LatencyController:
         level: float | None = None,
         threads: int | None = None,
         work: float = 1.0,
-        guarded_ms: float | None = None,
+        limit_ms: float | None = None,
+        guarded: bool = False,
     ) -> None:
         """Learns from a finished inference; figures that are not finite and positive are ignored.
 
@@ -228,8 +235,8 @@ class LatencyController:
             level: the level it began with; None means the one that `next_level` gave last.
             threads: it ran on; None means `threads`.
             work: as given to `next_level`.
-            guarded_ms: the limit that the deadline guard skipped more for on the way, in milliseconds, so that at `level` it would have
-                taken as long at least; None where the guard did not act.
+            limit_ms: that it ran under, in milliseconds; None means the budget.
+            guarded: whether the deadline guard skipped more on the way, so that at `level` it would have taken as long as the limit.
         """
         if not (0 < latency_ms < math.inf and 0 < predicted_ms < math.inf):
             return
@@ -243,16 +250,24 @@ class LatencyController:
             log_predicted = math.log(predicted_ms)
             slowdown = math.log(latency_ms) - log_predicted - log_idle + log_usual
             hardness = log_predicted - log_usual - (math.log(work) if work != 1.0 else 0.0)
-            if guarded_ms is not None and guarded_ms > 0:
-                hardness = max(hardness, math.log(guarded_ms / work) - log_idle - slowdown)
+            limit_ms = self._budget_ms if limit_ms is None else limit_ms
+            if guarded and limit_ms > 0:
+                hardness = max(hardness, math.log(limit_ms / work) - log_idle - slowdown)
             slowdown = min(max(slowdown, -_MOST_LOG), _MOST_LOG)
             hardness = min(max(hardness, -_MOST_LOG), _MOST_LOG)
             if not self._is_fresh(arm):
                 arm.slowdown = SlowdownEstimator()
             arm.seen, arm.others = self._count, self._sampled_others
-            margin = arm.margin + self._margin_rate * ((slowdown + hardness > arm.high) - self._target_misses)
-            arm.margin = min(max(margin, self._least_margin), self._least_margin + _MOST_EXTRA_MARGIN)
+            # At a level that the limit asked for a miss tells; elsewhere nothing is at stake, and the expectation stands for the limit.
+            at_limit = 0 < level <= self._step / GRID and self._reachable
+            missed = latency_ms > limit_ms if at_limit else slowdown + hardness > arm.high
             arm.slowdown.update(slowdown)
+            aim = _AIM if arm.margin > self._normal_margin else _CAUTIOUS_AIM
+            margin = arm.margin + self._margin_rate * (missed - aim * self._target_misses)
+            if arm.slowdown.on_trial or (missed and self._missed):
+                margin = max(margin, self._normal_margin)
+            self._missed = missed
+            arm.margin = min(max(margin, 0.0), self._normal_margin + _MOST_EXTRA_MARGIN)
             surprise = hardness - self._hardness
             self._hardness += _HARDNESS_RATE * surprise
             self._hardness_variance += _HARDNESS_RATE * ((1 - _HARDNESS_RATE) * surprise * surprise - self._hardness_variance)
@@ -269,7 +284,7 @@ class LatencyController:
 
     def _set_margins(self) -> None:
         for arm in self._arms:
-            arm.margin = self._least_margin
+            arm.margin = self._normal_margin
             arm.expect(self._hardness, self._hardness_variance)
 
     def _is_fresh(self, arm: Arm) -> bool:

@@ -165,12 +165,12 @@ class DynamicModel(Governed):
         self._recorder.last_call = LastCall(level, execution.level, threads or self._num_threads, execution.engine_ms)
         missed = False
         if controller is not None:
-            missed, guarded_ms = latency_ms > limit_ms, None
-            if execution.guard_actions > 0:
-                guarded_ms, reached = limit_ms, self.frontier.accuracy_at(execution.level)
+            missed, guarded = latency_ms > limit_ms, execution.guard_actions > 0
+            if guarded:
+                reached = self.frontier.accuracy_at(execution.level)
                 self._recorder.add_guarded(execution.level - level, self.frontier.accuracy_at(level) - reached)
-            work = float(batch)
-            controller.observe(latency_ms, execution.predicted_ms, level=level, threads=threads, work=work, guarded_ms=guarded_ms)
+            options = {"level": level, "threads": threads, "work": float(batch), "limit_ms": limit_ms, "guarded": guarded}
+            controller.observe(latency_ms, execution.predicted_ms, **options)
         self._record(session, batch, execution, latency_ms, missed)
         return result
 

@@ -151,11 +151,21 @@ def test_figures_of_a_trace():
     assert figures.inferences == 400
     assert figures.first_second_misses == pytest.approx(2 / 50) and figures.steady_misses == 0
     assert figures.recovery == 3, "two missed, the third kept the budget"
-    assert figures.slack == pytest.approx(1 - 10 / 12)
+    assert figures.slack == pytest.approx(1 - 10 / 12) and figures.hindsight_slack == pytest.approx(0)
     assert figures.level_changes == pytest.approx(2 / 399)
     assert figures.mean_level == pytest.approx(198 / 400) and figures.guarded == 0
     best = 0.9 + 0.1 * (6 - 5) / 5
     assert figures.accuracy_loss == pytest.approx((198 * (best - 0.9) + 2 * (best - 1.0)) / 400)
+
+
+def test_the_slack_in_hindsight_is_that_of_the_spread():
+    trace = Trace()
+    for i in range(100):
+        trace.add(0.02 * i, 12.0 if i % 10 == 0 else 6.0, 1.0, 1.0, 2, 0.0)
+    figures = figures_of(trace, 12.0, 95, frontier())
+    assert figures.slack == figures.hindsight_slack == pytest.approx(0.9 * 0.5), "nobody keeps 95 of 100 within 12 ms with less"
+    best = figures_of(trace, 9.0, 85, frontier())
+    assert best.hindsight_slack == pytest.approx(0) and math.isnan(figures_of(trace, 24.0, 85, frontier()).hindsight_slack)
 
 
 def test_figures_of_nothing_to_count():
