@@ -1,4 +1,4 @@
-"""Loads the model that a command names: torchvision:NAME, timm:NAME or FILE.py:FUNCTION."""
+"""Loads the model that a command names: torchvision:NAME, timm:NAME, transformers:CLASS or FILE.py:FUNCTION."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_SHAPE = (3, 224, 224)
+TOKENS = 128
+"""Tokens of a sequence where --shape says nothing."""
+SIGNAL = 16_000
+"""Samples of a waveform where --shape says nothing."""
 
 # Operators of torchvision's C++ part that its Python part looks up when imported; a build without that part lacks them. Only
 # detection models call them.
@@ -45,11 +49,17 @@ class LoadedModel:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL, --weights, --shape and --batch."""
     parser.add_argument(
-        "model", metavar="MODEL", help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns a model or (model, inputs)"
+        "model",
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME, transformers:CLASS (with its default configuration) or FILE.py:FUNCTION, which returns a model "
+        "or (model, inputs)",
     )
     parser.add_argument("--weights", metavar="FILE", type=Path, help="state_dict or .safetensors to load; default: random weights")
     parser.add_argument(
-        "--shape", metavar="C,H,W", type=parse_shape, help="sizes of one input without the batch; default: the model's own, else 3,224,224"
+        "--shape",
+        metavar="C,H,W",
+        type=parse_shape,
+        help="sizes of one input without the batch, tokens for a language model; default: the model's own, else 3,224,224",
     )
     parser.add_argument("--batch", metavar="N", type=positive_int, default=1, help="samples per call; default 1")
 
@@ -95,13 +105,19 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
     elif source == "timm" and name:
         model = _timm_model(name)
         shape = shape or tuple(model.default_cfg["input_size"])
+    elif source == "transformers" and name:
+        model = _transformers_model(name)
+        _load_weights(model, arguments.weights)
+        return LoadedModel(arguments.model, model.eval(), (_transformers_input(model, arguments.batch, shape),))
     elif source.endswith(".py") and name:
         model, inputs = _model_from_file(Path(source), name)
         if inputs is not None and shape is None:
             _load_weights(model, arguments.weights)
             return LoadedModel(arguments.model, model.eval(), _repeat_batch(inputs, arguments.batch))
     else:
-        raise InputError(f"model {arguments.model!r} is not understood; give torchvision:NAME, timm:NAME or FILE.py:FUNCTION.")
+        raise InputError(
+            f"model {arguments.model!r} is not understood; give torchvision:NAME, timm:NAME, transformers:CLASS or FILE.py:FUNCTION."
+        )
     _load_weights(model, arguments.weights)
     inputs = (torch.randn(arguments.batch, *(shape or DEFAULT_SHAPE)),)
     return LoadedModel(arguments.model, model.eval(), inputs)
@@ -154,6 +170,34 @@ def _timm_model(name: str) -> nn.Module:
         raise InputError(f"'timm:{name}' needs timm, not installed here ({error}); run: pip install timm") from error
     _check_name("timm", name.split(".")[0], timm.list_models())
     return timm.create_model(name, pretrained=False)
+
+
+def _transformers_model(name: str) -> nn.Module:
+    declare_torchvision_operators()
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"'transformers:{name}' needs transformers, not installed here ({error}); run: pip install transformers"
+        ) from error
+    known = [item for item in dir(transformers) if item.endswith(("Model", "LM", "Classification")) and not item.startswith("Auto")]
+    _check_name("transformers", name, known)
+    model_class = getattr(transformers, name)
+    config = model_class.config_class()
+    config.use_cache = False  # a cache is an argument that the call writes to
+    return model_class(config)
+
+
+def _transformers_input(model: nn.Module, batch: int, shape: tuple[int, ...] | None) -> torch.Tensor:
+    """Returns one batch of the model's main input: token numbers, an image or a waveform."""
+    import torch
+
+    config = model.config
+    if model.main_input_name == "input_ids":
+        return torch.randint(0, config.vocab_size, (batch, *(shape or (TOKENS,))))
+    if model.main_input_name == "pixel_values" and shape is None:
+        shape = (config.num_channels, config.image_size, config.image_size)
+    return torch.randn(batch, *(shape or (SIGNAL,)))
 
 
 def _check_name(source: str, name: str, known: Iterable[str]) -> None:

@@ -140,11 +140,22 @@ def _openvino(
 
 
 def export_onnx(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
-    """Writes the model as ONNX with the sizes of `inputs` fixed; does nothing where the file exists.
+    """Writes the model as ONNX with the sizes of `inputs` fixed and the tensors it returns; does nothing where the file exists.
 
     Fixed sizes are what serves a rival best: its planner can fold every shape.
     """
     import torch
+    from torch.utils._pytree import tree_leaves
+
+    class Plain(torch.nn.Module):
+        """The model with tensors alone as arguments and results."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(leaf for leaf in tree_leaves(self.model(*tensors)) if isinstance(leaf, torch.Tensor))
 
     if path.exists():
         return
@@ -157,4 +168,4 @@ def export_onnx(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) 
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # the fused operation of nn.MultiheadAttention has no ONNX form
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, inputs, path, dynamo=False, opset_version=ONNX_OPSET)
+        torch.onnx.export(Plain().eval(), inputs, path, dynamo=False, opset_version=ONNX_OPSET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 import pytest
 import torch
@@ -138,3 +139,31 @@ def test_timm_model_has_its_own_input_size():
     assert loaded.inputs[0].shape == (1, *loaded.model.default_cfg["input_size"])
     with pytest.raises(InputError, match="timm has no model 'resnet5O'"):
         load_model(arguments("timm:resnet5O"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("BertModel", (5,), (2, 5)),
+        ("GPT2LMHeadModel", None, (2, 128)),
+        ("ViTModel", None, (2, 3, 224, 224)),
+        ("Wav2Vec2Model", (400,), (2, 400)),
+    ],
+)
+def test_transformers_model_with_its_default_configuration(monkeypatch, name, shape, expected):
+    declare_torchvision_operators()
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = getattr(transformers, name).config_class
+    small = functools.partial(config, **{config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): 1})
+    monkeypatch.setattr(getattr(transformers, name), "config_class", small)
+    loaded = load_model(arguments(f"transformers:{name}", shape=shape, batch=2))
+    assert tuple(loaded.inputs[0].shape) == expected and not loaded.model.training
+    with torch.no_grad():
+        assert loaded.model(*loaded.inputs)[0].shape[0] == 2
+
+
+def test_unknown_transformers_model():
+    declare_torchvision_operators()
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    with pytest.raises(InputError, match="transformers has no model 'BertModell'; did you mean BertModel"):
+        load_model(arguments("transformers:BertModell"))

@@ -48,6 +48,27 @@ def test_a_rival_takes_pytorchs_fused_attention():
     torch.testing.assert_close(output, model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+class Keywords(nn.Module):
+    """Returns a dict, and takes options that the exporter must not fill in, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x, mask=None, **options):
+        return {"logits": self.fc(x), "cache": options.get("use_cache")}
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_rival_takes_a_model_that_returns_more_than_a_tensor(name):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    model, x = Keywords().eval(), torch.randn(2, 8)
+    with built_rivals((name,), model, (x,), threads=1) as (rival,):
+        assert rival.reason == ""
+        output = torch.as_tensor(rival.run())
+    torch.testing.assert_close(output, model(x)["logits"].detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_rival_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with built_rivals(("onnxruntime", "eager"), small_model(), (torch.randn(1, 3, 8, 8),), threads=1) as (onnxruntime, eager):
