@@ -278,7 +278,8 @@ def matmul(step: Step, memories: list[torch.Tensor], out: torch.Tensor) -> None:
 
 
 def embedding(step: Step, memories: list[torch.Tensor], out: torch.Tensor) -> None:
-    numbers = memories[0][: step.output.positions]
+    first = step.inputs[0].offset // 2
+    numbers = memories[0][first : first + step.output.positions]
     assert step.inputs[0].positions == 2 * len(numbers) and numbers.dtype == torch.int64
     strided(out, step.output, step.output.rows).copy_(constant(step, "table")[numbers].t())
 

@@ -266,8 +266,11 @@ def test_idioms_become_the_operations_that_they_are():
         lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**2))),
         lambda x: 0.5 * x * (2 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
         lambda x: torch.addmm(torch.arange(3.0), x.reshape(-1, 3), torch.eye(3)).reshape(-1, 3),
+        lambda x: torch.einsum("bij,bij->bi", x, x),
+        lambda x: torch.einsum("bij,bik->bijk", x, x),
+        lambda x: torch.einsum("b...j,kj->b...k", x, torch.eye(3)),
     ],
-    ids=["factor", "square", "two", "regrouped"],
+    ids=["factor", "square", "two", "regrouped", "row products", "outer", "dots"],
 )
 def test_what_only_looks_like_an_idiom_stays(forward):
     class Net(nn.Module):
@@ -276,7 +279,7 @@ def test_what_only_looks_like_an_idiom_stays(forward):
 
     x = torch.rand(2, 2, 3)
     graph = capture(Net(), x)
-    assert not {"gelu", "linear"} & {node.op for node in graph.nodes}
+    assert not {"gelu", "linear", "matmul"} & {node.op for node in graph.nodes}
     assert_same_results(run_graph(graph, (x,)), forward(x))
 
 

@@ -287,3 +287,27 @@ def test_numbers_outside_an_embedding_are_refused():
         for wrong in (10, -1):
             with pytest.raises(InputError, match=rf"\[0, 10\), got {wrong}"):
                 dm(torch.tensor([[3, wrong]]))
+
+
+class Rating(nn.Module):
+    """Numbers of two tables side by side in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.user, self.item, self.fc = nn.Embedding(50, 4), nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.user(x[:, 0]) * self.item(x[:, 1]))
+
+
+def test_columns_of_one_input_select_from_tables_of_their_own():
+    model = Rating().eval()
+    dm = DynamicModel(model, torch.tensor([[1, 2]]))
+    assert not any(step.torch_call for step in dm.plan.steps)
+    with torch.no_grad():
+        x = torch.tensor([[49, 6], [0, 0], [30, 3]])
+        assert_close(dm(x), model(x))
+        with pytest.raises(InputError, match=r"\[0, 7\), got 7"):
+            dm(torch.tensor([[8, 7]]))
+        with pytest.raises(InputError, match=r"\[0, 50\), got 50"):
+            dm(torch.tensor([[50, 1]]))

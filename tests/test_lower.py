@@ -402,6 +402,18 @@ ON_ENGINE = {
     "linear-one-token": (nn.Linear(8, 6), torch.randn(1, 1, 8)),
     "linear-image-last": (nn.Linear(6, 5), image()),
     "matmul-constant": (Lambda(lambda m, x: x @ m.w + 1, w=torch.randn(8, 3)), tokens()),
+    "einsum-heads": (
+        Lambda(lambda m, q, k, v: torch.einsum("bhij,bjhd->bihd", torch.einsum("bihd,bjhd->bhij", q, k), v)),
+        (torch.randn(1, 5, 2, 4), torch.randn(1, 6, 2, 4), torch.randn(1, 6, 2, 4)),
+    ),
+    "einsum-weight": (Lambda(lambda m, x: torch.einsum("btc,dc->btd", x, m.w).relu(), w=torch.randn(3, 8)), tokens()),
+    "einsum-turned": (Lambda(lambda m, x, y: torch.einsum("b n c, b m c -> b m n", x, y)), (tokens(), tokens())),
+    "embedding-columns": (
+        Lambda(
+            lambda m, x: m.parts[0](x[:, 0]) * m.parts[1](x[:, 2]) + m.parts[0](x[:, 1:3]).sum(1), nn.Embedding(9, 4), nn.Embedding(5, 4)
+        ),
+        torch.randint(0, 5, (1, 4)),
+    ),
     "batch-norm-alone": (nn.BatchNorm2d(4), image()),
     "batch-norm-1d": (nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), torch.randn(1, 8)),
     "batch-norm-after-flatten": (nn.Sequential(nn.Conv2d(4, 3, 1), nn.Flatten(), nn.BatchNorm1d(108)), image()),
@@ -506,6 +518,7 @@ def read_late(m, x):
 
 
 IN_PYTORCH = {
+    "numbers-apart": (Lambda(lambda m, x: m.parts[0](x[:, ::2]).mean(1), nn.Embedding(10, 4)), torch.randint(0, 10, (1, 6))),
     "numbers-computed": (Lambda(lambda m, x: m.parts[0](x % 3).mean(1), nn.Embedding(10, 4)), torch.randint(0, 10, (1, 6))),
     "double": (Lambda(lambda m, x: (x.double() * 2).float() + x), image()),
     "unknown-op": (Lambda(lambda m, x: m.parts[0](x).cumsum(1).relu(), nn.Conv2d(4, 4, 1)), image()),

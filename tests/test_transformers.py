@@ -156,6 +156,24 @@ def test_single_tokens_leave_out_small_inputs_of_mlps_and_nothing_else(decoder, 
     assert not torch.allclose(second.logits, whole, atol=1e-3), "nothing was left out"
 
 
+@pytest.mark.parametrize("by_token", [False, True], ids=["gates", "thresholds"])
+def test_a_decoder_in_half_precision_runs_its_mlps_on_the_engine(llama, monkeypatch, by_token: bool) -> None:
+    dm = DynamicModel(copy.deepcopy(llama).bfloat16(), {"input_ids": ids(2, 6), "use_cache": False})
+    assert len(dm.sites) == len(DynamicModel(llama, {"input_ids": ids(2, 6), "use_cache": False}).sites)
+    for site in dm.sites:
+        if "mlp" in site.name and by_token:
+            dm.gate(site.name).token_curves = torch.tensor([[-1.0, 0.5], [-1.0, 1e-4]])
+    dm.level = 1.0
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    on_engine = dm.generate(ids(2, 6), **settings)
+    assert dm._islands.paths == ("model.layers.0.mlp", "model.layers.1.mlp") and dm._islands.by_token is by_token
+    assert on_engine.logits[-1].isfinite().all()
+    if not by_token:
+        monkeypatch.setattr(Islands, "run", lambda self, call, level: call())
+        in_pytorch = dm.generate(ids(2, 6), **settings)
+        assert torch.allclose(on_engine.logits[1].float(), in_pytorch.logits[1].float(), atol=0.02 * in_pytorch.logits[1].abs().max())
+
+
 def test_a_cache_that_comes_back_runs_in_pytorch_and_says_so(decoder) -> None:
     dm = copy.deepcopy(decoder)
     with pytest.warns(RuntimeWarning, match="run in PyTorch"):

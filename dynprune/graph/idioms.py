@@ -4,11 +4,13 @@
 | --- | --- |
 | addmm(bias, x.view(-1, in), weight).view(..., out), GPT-2's linear layer | linear(x, weight.t(), bias) |
 | 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) | gelu(x, approximate="tanh") |
+| einsum of two operands that sums over one index | matmul of the two, permuted |
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -26,6 +28,40 @@ def restore_idioms(graph: fx.Graph) -> None:
             _restore_linear(graph, node)
         elif node.target is aten.mul.Tensor:
             _restore_gelu(graph, node)
+        elif node.target is aten.einsum.default:
+            _restore_product(graph, node)
+
+
+def _restore_product(graph: fx.Graph, node: fx.Node) -> None:
+    """einsum("bhid,bhjd->bhij", [a, b]) and the like; an operand without the others' leading indices, as a weight is, may come second."""
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    before, _, result = equation.partition("->")
+    parts = before.split(",")
+    if len(parts) != 2 or "." in equation or not result or any(len(set(part)) != len(part) for part in (*parts, result)):
+        return
+    first, second = map(set, parts)
+    summed, shared = (first | second) - set(result), first & second & set(result)
+    own, other = (sorted(letters - shared - summed, key=result.index) for letters in (first, second))
+    if len(summed) != 1 or not summed <= first & second or len(other) != 1 or (len(own) != 1 and shared):
+        return
+    lead = sorted(shared, key=result.index)
+    orders = ([*lead, *own, *summed], [*lead, *summed, *other])
+    with graph.inserting_before(node):
+        turned = [_permuted(graph, node, x, part, order) for x, part, order in zip(operands, parts, orders, strict=True)]
+        product = graph.call_function(aten.matmul.default, tuple(turned))
+        product.meta = dict(node.meta, val=turned[0].meta["val"] @ turned[1].meta["val"])
+        product = _permuted(graph, node, product, [*lead, *own, *other], list(result))
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _permuted(graph: fx.Graph, place: fx.Node, x: fx.Node, order: Sequence[str], wanted: Sequence[str]) -> fx.Node:
+    dims = [list(order).index(letter) for letter in wanted]
+    if dims == list(range(len(dims))):
+        return x
+    node = graph.call_function(aten.permute.default, (x, dims))
+    node.meta = dict(place.meta, val=x.meta["val"].permute(dims))
+    return node
 
 
 def _restore_linear(graph: fx.Graph, node: fx.Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,11 +89,13 @@ class Engine:
         self._batch_dim = plan.inputs[0].batch_dim if plan.inputs else 0
         self._results = [(view.buffer, view.sizes) for view in plan.outputs if isinstance(view, View)]
         self._in_groups = not self._torch_steps and plan.fixed_batch is None
-        self._entries: dict[int, int] = {}  # of the smallest table that the numbers in an input's buffer select from
+        # Of the smallest table that numbers of an input select from: by buffer, and there by the first number and how many.
+        self._entries: defaultdict[int, dict[tuple[int, int], int]] = defaultdict(dict)
         for step in plan.steps:
             if step.op == "embedding":
-                buffer, entries = step.inputs[0].buffer, step.ints["entries"][0]
-                self._entries[buffer] = min(entries, self._entries.get(buffer, entries))
+                numbers, entries = step.inputs[0], step.ints["entries"][0]
+                known, place = self._entries[numbers.buffer], (numbers.offset // 2, numbers.positions // 2)
+                known[place] = min(entries, known.get(place, entries))
         self._site_number = {site.name: i for i, site in enumerate(plan.sites)}
         if costs is not None and costs.fits(plan):
             self._compiled.set_costs(list(costs.fixed_ms), list(costs.scaled_ms))
@@ -211,7 +214,8 @@ class Engine:
         for buffer, x in zip(self._buffer_of_input, inputs, strict=True):
             tensors[buffer] = x = x.contiguous()
             if buffer in self._entries:
-                _check_numbers(x, self._entries[buffer])
+                for (first, count), entries in self._entries[buffer].items():
+                    _check_numbers(x.view(batch, -1)[:, first : first + count], entries)
             buffers.append((buffer, x.data_ptr(), x.numel() * (x.element_size() // 4 or 1) // batch, x))
         for buffer, sizes in self._results:
             tensors[buffer] = out = torch.empty(batch, *sizes)

@@ -25,6 +25,9 @@ from dynprune.runtime.engine import Engine
 from dynprune.runtime.session import Session, sites_in_common
 from dynprune.runtime.thinning import thinned
 
+_CASTS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.clone.default})
+"""What PyTorch runs around a model in half precision."""
+
 
 class Islands:
     """Runs a model in PyTorch with its gated parts on the engine where their input is one token per sample.
@@ -91,9 +94,10 @@ class Islands:
 
     def _on_engine(self, path: str, forward: Callable[..., Any], level: float) -> Callable[..., Any]:
         session, engine = self._sessions[path], self._engines[path]
+        dtype = session.graph.inputs[0].dtype
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if len(args) != 1 or kwargs or not _is_one_token(args[0]):
+            if len(args) != 1 or kwargs or not _is_one_token(args[0], dtype):
                 return forward(*args, **kwargs)
             outputs, _ = engine.run(args, level=level)
             return session.pack(outputs)
@@ -103,15 +107,17 @@ class Islands:
     def _capture(self, path: str, known: Mapping[str, Site]) -> Session | None:
         """Returns the plan of one island for one token, or None where it has no plan that keeps its gates and leaves nothing to PyTorch."""
         site = next(iter(known.values()))
-        token = torch.zeros(1, 1, site.gate_channels)
+        module = self._model.get_submodule(path)
+        token = torch.zeros(1, 1, site.gate_channels, dtype=next(module.parameters()).dtype)
         options = {"include": ("*",), "exclude": (), "group_size": site.group_size, "arithmetic": self._arithmetic}
         try:
-            session = Session(self._model.get_submodule(path), (token,), {}, **options)
+            session = Session(module, (token,), {}, **options)
         except DynpruneError:
             return None
         session.sites = sites_in_common(session.sites, {} if self.by_token else known)
         whole = self.by_token or len(session.sites.sites) == len(known)
-        return session if whole and all(step.torch_call is None for step in session.plan.steps) else None
+        alone = all(step.torch_call is None or step.torch_call.target in _CASTS for step in session.plan.steps)
+        return session if whole and alone else None
 
     def _has_curves(self, known: Mapping[str, Site]) -> bool:
         return all(self._gates[site.name].token_curves.numel() for site in known.values())
@@ -139,10 +145,10 @@ def _home(site: Site) -> str:
     return ".".join(paths[0][:common])
 
 
-def _is_one_token(x: Any) -> bool:
+def _is_one_token(x: Any, dtype: torch.dtype) -> bool:
     return (
         isinstance(x, Tensor)
-        and x.dtype is torch.float32
+        and x.dtype is dtype
         and x.device.type == "cpu"
         and x.ndim == 3
         and x.shape[1] == 1

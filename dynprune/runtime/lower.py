@@ -81,6 +81,7 @@ def _walk(draft: Draft) -> None:
         elif node.op != "input" and node not in draft.values:
             gates.before(node)
             draft.values[node] = _value_of(draft, node)
+            products.follow_indices(draft, node)
 
 
 def _value_of(draft: Draft, node: Node) -> DraftValue:

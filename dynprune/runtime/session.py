@@ -15,6 +15,7 @@ from dynprune.errors import InputError
 from dynprune.gates.heads import Gate
 from dynprune.graph.capture import Graph, capture
 from dynprune.graph.sites import Site, Sites, find_sites
+from dynprune.graph.widen import widened
 from dynprune.runtime.arithmetic import Arithmetic
 from dynprune.runtime.costs import CostTable
 from dynprune.runtime.engine import Engine
@@ -136,7 +137,7 @@ class Session:
     def _lowered(self) -> Plan:
         if self._plan is None:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                self._plan = lower(self.graph, self.sites)
+                self._plan = lower(widened(self.graph), self.sites)
             self._arithmetic.apply(self._plan.steps)
         return self._plan
 

@@ -3,7 +3,7 @@
 | ATen | becomes |
 | --- | --- |
 | matmul, bmm of two values | matmul, lanes along whichever operand's memory is contiguous |
-| embedding of an input of int64 | embedding |
+| embedding of an input of int64, or of a part of one that is contiguous | embedding |
 """
 
 from __future__ import annotations
@@ -90,7 +90,27 @@ def embedding(draft: Draft, node: Node) -> EngineValue:
     rank = len(sizes)
     view = draft.new_view(node, sizes, (rank - 1, *range(rank - 1)))
     tokens = views.numel(view) // sizes[-1]
-    reads = [(Rows(source.buffer, 0, 1, 2 * tokens, 2 * tokens), EngineValue(source))]
+    reads = [(Rows(source.buffer, 2 * source.offset, 1, 2 * tokens, 2 * tokens), EngineValue(source))]
     output = Rows(view.buffer, 0, sizes[-1], tokens, tokens)
     step = draft.emit("embedding", node, reads, output, ints={"entries": [table.shape[0]]}, constants={"table": as_array(table)})
     return draft.written(node, view, step)
+
+
+def follow_indices(draft: Draft, node: Node) -> None:
+    """Notes where the part of an int64 input lies that a node selects, if it is contiguous; for other readers PyTorch makes it too."""
+    source = node.args[0] if node.args else None
+    view, arguments = draft.indices.get(source) if isinstance(source, Node) else None, node.arguments
+    if view is None or node.op not in ("select", "slice") or node.shape is None or node.dtype != torch.int64:
+        return
+    dim = arguments["dim"] % len(source.shape) - 1
+    if dim < 0:
+        return
+    size = view.sizes[dim]
+    if node.op == "select":
+        part = views.sliced(view, dim, arguments["index"] % size, 1)
+        part = replace(part, sizes=part.sizes[:dim] + part.sizes[dim + 1 :], strides=part.strides[:dim] + part.strides[dim + 1 :])
+    else:
+        first, last, step = slice(arguments["start"], arguments["end"], arguments["step"]).indices(size)
+        part = views.sliced(view, dim, first, max(0, last - first)) if step == 1 else None
+    if part is not None and views.numel(part) and views.collapse(part.sizes, part.strides) in ((views.numel(part), 1), (1, 1)):
+        draft.indices[node] = part

@@ -2,6 +2,7 @@
 
 | ATen | becomes |
 | --- | --- |
+| alias | the same view |
 | permute, transpose, t, mT, movedim | another view |
 | reshape, view, flatten, unflatten, squeeze, unsqueeze | another view, or a copy where strides do not allow it |
 | slice, narrow, select, split, split_with_sizes, chunk, unbind, expand, getitem | another view |
@@ -41,6 +42,12 @@ def _rank(node: Node) -> int:
     if node.shape is None:
         raise NotOnEngine("no tensor")
     return len(node.shape)
+
+
+@lowers("alias", positionless=True)
+def alias(draft: Draft, node: Node) -> EngineValue:
+    x = draft.engine(node.args[0])
+    return draft.viewed(node, x, x.view)
 
 
 @lowers("permute")
