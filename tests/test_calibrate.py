@@ -66,6 +66,13 @@ def test_batches_come_in_many_forms(batch, labelled, num_inputs, expected):
     assert labels is None or torch.as_tensor(chunk.labels).equal(order)
 
 
+def test_a_data_loader_of_dicts():
+    data = [{"x": X[i], "mask": torch.ones(1, dtype=torch.bool)} for i in range(10)]
+    chunks = read_samples(torch.utils.data.DataLoader(data, batch_size=4), labelled=False, num_inputs=2)
+    assert [(chunk.size, chunk.args, sorted(chunk.kwargs)) for chunk in chunks] == [(10, (), ["mask", "x"])]
+    assert chunks[0].kwargs["x"].sort(0).values.equal(X)
+
+
 def test_small_batches_are_joined_and_large_ones_cut():
     chunks = read_samples([X] * 20 + [torch.zeros(300, 1)], labelled=False, num_inputs=1)
     assert [chunk.size for chunk in chunks] == [CHUNK] * 7 + [500 - 7 * CHUNK]

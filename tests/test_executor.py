@@ -22,6 +22,7 @@ from helpers import active_list
 from torch import Tensor, nn
 
 from dynprune.control.frontier import Frontier, OperatingPoint
+from dynprune.errors import InputError
 from dynprune.runtime.costs import CostTable, plan_signature
 from dynprune.runtime.model import DynamicModel
 
@@ -233,7 +234,10 @@ def test_weights_may_change_while_others_call() -> None:
     assert torch.allclose(dm(x), model(x), atol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+@needs_fork
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 def test_a_forked_child_runs_an_inference() -> None:
     dm = DynamicModel(wide_model(), wide_input())
@@ -256,6 +260,39 @@ def test_a_forked_child_runs_an_inference() -> None:
         pytest.fail("the child hangs")
     assert os.waitstatus_to_exitcode(status) == 0
     assert torch.equal(dm(x), want)
+
+
+def _wrap_and_answer(x: torch.Tensor, answers) -> None:
+    with torch.no_grad():
+        answers.put(DynamicModel(wide_model(), wide_input())(x).tolist())
+
+
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=needs_fork), "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_processes_of_torch_multiprocessing(method: str) -> None:
+    dm, x = DynamicModel(wide_model(), wide_input()), wide_input(2)
+    dm.set_num_threads(2)
+    want = dm(x)
+    context = torch.multiprocessing.get_context(method)
+    answers = context.SimpleQueue()
+
+    def answer() -> None:  # a forked child has the model of its parent
+        with torch.no_grad():
+            answers.put(dm(x).tolist())
+
+    if method == "spawn":
+        with pytest.raises(InputError, match=r"dm\.save"):
+            context.Process(target=_wrap_and_answer, args=(dm, answers)).start()
+    child = context.Process(target=answer) if method == "fork" else context.Process(target=_wrap_and_answer, args=(x, answers))
+    child.start()
+    waiting = threading.Timer(120, child.kill)
+    waiting.start()
+    try:
+        assert torch.allclose(torch.tensor(answers.get()), want, atol=1e-5)
+    finally:
+        child.join()
+        waiting.cancel()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("serving", (False, True), ids=["idle", "serving"])

@@ -83,14 +83,33 @@ def test_a_pipeline_runs_on_the_engine(classifier) -> None:
     [
         ({"input_ids": ids(1, 40), "attention_mask": torch.ones(1, 40, dtype=torch.int64)}, "40"),
         ({"input_ids": ids(1, 6).float(), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}, "scalar type"),
+        ({"input_ids": ids(2, 6), "attention_mask": torch.tril(torch.ones(2, 5, dtype=torch.int64), -1)}, "5"),
+        ({"input_ids": ids(2, 6), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}, "one batch size"),
+        ({"input_ids": ids(1, 6), "attention_mask": torch.ones(1, 6, dtype=torch.int64, device="meta")}, "one device, got cpu and meta"),
+        ({"input_ids": ids(1, 6) + 99, "attention_mask": torch.ones(1, 6, dtype=torch.int64)}, r"\[0, 50\)"),
     ],
-    ids=["longer than the positions", "ids that are no whole numbers"],
+    ids=[
+        "longer than the positions",
+        "ids that are no whole numbers",
+        "a mask of another length",
+        "a mask of another batch",
+        "a mask on another device",
+        "ids that are no words",
+    ],
 )
 def test_wrong_calls_are_refused_and_harm_nothing(classifier, call: dict, reason: str) -> None:
     with pytest.raises((InputError, TypeError), match=reason):
         classifier(**call)
     good = {"input_ids": ids(1, 6), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
     assert torch.allclose(classifier(**good).logits, classifier.model(**good).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32, torch.float64], ids=str)
+def test_types_that_pytorch_converts_are_converted(classifier, kind: torch.dtype) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    want = classifier.model(input_ids=ids(1, 6), attention_mask=mask).logits
+    words = ids(1, 6).int() if kind is torch.int32 else ids(1, 6)
+    assert torch.allclose(classifier(input_ids=words, attention_mask=mask.to(kind)).logits, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["cache", "beams", "no cache"])

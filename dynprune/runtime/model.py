@@ -147,6 +147,7 @@ class DynamicModel(Governed):
             controller = self._deadline_controller()
         level = self._next_level(controller, batch, (due_ns - began_ns) * 1e-6)
         if not self._runs_on_engine(inputs):
+            self._check_devices(inputs)
             if self.training and self.training_levels is not None:
                 level = self.training_levels
             result, masks = self.attachment.run(args, kwargs, level=level)
@@ -451,6 +452,7 @@ class DynamicModel(Governed):
         """Returns the model's output of a call that has no plan."""
         self._follow_changes(gates=True)
         tensors = tensors_in(pytree.tree_leaves((args, kwargs)))
+        self._check_devices(tensors)
         level = max(self.level, self._next_level(None, 1, math.inf))
         call = partial(self.attachment.run, args, kwargs, level=level)
         if self.training or level <= 0 or not self._runs_on_engine(tensors):
@@ -507,6 +509,13 @@ class DynamicModel(Governed):
             self._warn_once("autocast", "Autocast is enabled, so this call runs on PyTorch; the engine computes in float32, without it.")
             return False
         return self._model_watch.on_cpu()
+
+    def _check_devices(self, inputs: list[Tensor]) -> None:
+        """Raises InputError where inputs are on several devices, or on another one than a model that is on one."""
+        given, own = {x.device for x in inputs}, {p.device for p in self.model.parameters()}
+        if len(given) > 1 or (len(own) == 1 and given != own):
+            names = " and ".join(sorted(map(str, given | own)))
+            raise InputError(f"The model and all inputs must be on one device, got {names}; move them with `.to(...)`.")
 
     def _record(self, session: Session, batch: int, execution: Execution, latency_ms: float, missed: bool) -> None:
         self._recorder.add(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
@@ -102,9 +101,9 @@ def main() -> None:
     patterns = options.patterns
     chosen = [a for a in ARCHITECTURES if not patterns or any(fnmatch(a.name, p) or a.source == p for p in patterns)]
     known = read_results(options.resume)
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=8) as pool:
+    with get_context("spawn").Pool(options.jobs, maxtasksperchild=8) as pool:
         missing = [architecture.name for architecture in chosen if architecture.name not in known]
-        for result in pool.map(survey_by_name, missing):
+        for result in pool.imap(survey_by_name, missing):
             known[result.name] = result
             print("" if result.is_equal else "UNEQUAL ", line_of(result), sep="", flush=True)
             if options.resume is not None:
