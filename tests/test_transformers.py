@@ -175,9 +175,10 @@ def test_single_tokens_leave_out_small_inputs_of_mlps_and_nothing_else(decoder, 
     assert not torch.allclose(second.logits, whole, atol=1e-3), "nothing was left out"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("by_token", [False, True], ids=["gates", "thresholds"])
-def test_a_decoder_in_half_precision_runs_its_mlps_on_the_engine(llama, monkeypatch, by_token: bool) -> None:
-    dm = DynamicModel(copy.deepcopy(llama).bfloat16(), {"input_ids": ids(2, 6), "use_cache": False})
+def test_a_decoder_in_half_precision_runs_its_mlps_on_the_engine(llama, monkeypatch, by_token: bool, dtype: torch.dtype) -> None:
+    dm = DynamicModel(copy.deepcopy(llama).bfloat16(), {"input_ids": ids(2, 6), "use_cache": False}, dtype=dtype)
     assert len(dm.sites) == len(DynamicModel(llama, {"input_ids": ids(2, 6), "use_cache": False}).sites)
     for site in dm.sites:
         if "mlp" in site.name and by_token:
