@@ -126,9 +126,7 @@ def _onnxruntime(model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: in
     return lambda: session.run(None, feed)[0]
 
 
-def _openvino(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int, precision: str, onnx_file: Path
-) -> Callable[[], object]:
+def _openvino(model: nn.Module, inputs: tuple[torch.Tensor, ...], threads: int, precision: str, onnx_file: Path) -> Callable[[], object]:
     import openvino
 
     export_onnx(model, inputs, onnx_file)
