@@ -338,13 +338,16 @@ class BottleneckOp final : public Op, public Compensated {
   Layout layout_{};
 };
 
+bool is_bf16(const StepSpec* spec) { return spec != nullptr && SpecReader(*spec).integer("bf16", 0) != 0; }
+
 }  // namespace
 
 std::unique_ptr<Op> make_bottleneck(const std::vector<StepSpec>& specs, const KernelTable& kernels, int num_threads) {
   const Parts parts = sort_parts(specs);
   const WindowMap map(*parts.depthwise, kernels.lanes);
   const BottleneckSizes sizes{parts.expand != nullptr ? read_pointwise(*parts.expand).in_channels : 0, map.shape().in_channels,
-                              parts.project != nullptr ? read_pointwise(*parts.project).out_channels : 0, map.window()};
+                              parts.project != nullptr ? read_pointwise(*parts.project).out_channels : 0, map.window(),
+                              is_bf16(parts.expand) || is_bf16(parts.project) ? kernels.bf16_per_item : 1};
   const int64_t bands = choose_bands(sizes, kernels.lanes, num_threads);
   if (bands == 0) return nullptr;
   return std::make_unique<BottleneckOp>(parts, kernels, make_bands(map.window(), bands), num_threads);

@@ -42,8 +42,9 @@ double cycles_apart(const BottleneckSizes& sizes, int lanes) {
   const double in = vectors(sizes.window.in_height * sizes.window.in_width, lanes);
   const double out = vectors(sizes.window.out_height * sizes.window.out_width, lanes);
   const double moved = (sizes.in_channels > 0 ? 2 * in : 0.0) + (sizes.out_channels > 0 ? 2 * out : 0.0);
-  return product_cycles(sizes.inner_channels, sizes.in_channels, in) + depthwise_cycles(sizes, sizes.window.out_height, lanes) +
-         product_cycles(sizes.out_channels, sizes.inner_channels, out) + kMoveCycles * moved * static_cast<double>(sizes.inner_channels);
+  const double products = product_cycles(sizes.inner_channels, sizes.in_channels, in) +
+                          product_cycles(sizes.out_channels, sizes.inner_channels, out);
+  return products / sizes.speed_apart + depthwise_cycles(sizes, sizes.window.out_height, lanes) + kMoveCycles * moved * static_cast<double>(sizes.inner_channels);
 }
 
 }  // namespace
