@@ -348,7 +348,7 @@ std::unique_ptr<Op> make_bottleneck(const std::vector<StepSpec>& specs, const Ke
   const BottleneckSizes sizes{parts.expand != nullptr ? read_pointwise(*parts.expand).in_channels : 0, map.shape().in_channels,
                               parts.project != nullptr ? read_pointwise(*parts.project).out_channels : 0, map.window(),
                               is_bf16(parts.expand) || is_bf16(parts.project) ? kernels.bf16_per_item : 1};
-  const int64_t bands = choose_bands(sizes, kernels.lanes, num_threads);
+  const int64_t bands = choose_bands(sizes, kernels, num_threads);
   if (bands == 0) return nullptr;
   return std::make_unique<BottleneckOp>(parts, kernels, make_bands(map.window(), bands), num_threads);
 }

@@ -13,6 +13,8 @@ constexpr double kProductCycles = 0.62;
 constexpr double kTapCycles = 0.6;
 constexpr double kDepthwiseCycles = 4.0;
 constexpr double kMoveCycles = 7.0;
+constexpr double kNearMoveCycles = 3.0;  // the same where one thread finds it in its second-level cache
+constexpr int64_t kNearFloats = 128 * 1024;
 // The expanded band of all channels; beyond a second-level cache nothing is won by fusing.
 constexpr int64_t kMaxBandFloats = 256 * 1024;
 // A chunk late by this much is bearable; what a longer one takes beyond it weighs more.
@@ -38,13 +40,24 @@ double band_cycles(const BottleneckSizes& sizes, const Band& band, int lanes) {
          product_cycles(sizes.out_channels, sizes.inner_channels, out);
 }
 
-double cycles_apart(const BottleneckSizes& sizes, int lanes) {
-  const double in = vectors(sizes.window.in_height * sizes.window.in_width, lanes);
-  const double out = vectors(sizes.window.out_height * sizes.window.out_width, lanes);
+// A step of its own multiplies few positions beside whole vectors with rows in the lanes.
+double vectors_apart(int64_t positions, const KernelTable& kernels) {
+  const int64_t rest = positions % kernels.lanes;
+  const bool tail = positions > kernels.lanes && rest <= kernels.gemm_max_tail;
+  return tail ? static_cast<double>(positions) / 16.0 : vectors(positions, kernels.lanes);
+}
+
+double cycles_apart(const BottleneckSizes& sizes, const KernelTable& kernels, int num_threads) {
+  const int lanes = kernels.lanes;
+  const int64_t in_positions = sizes.window.in_height * sizes.window.in_width;
+  const double in = vectors_apart(in_positions, kernels);
+  const double out = vectors_apart(sizes.window.out_height * sizes.window.out_width, kernels);
   const double moved = (sizes.in_channels > 0 ? 2 * in : 0.0) + (sizes.out_channels > 0 ? 2 * out : 0.0);
+  const bool near = num_threads == 1 && in_positions * sizes.inner_channels <= kNearFloats;
   const double products = product_cycles(sizes.inner_channels, sizes.in_channels, in) +
                           product_cycles(sizes.out_channels, sizes.inner_channels, out);
-  return products / sizes.speed_apart + depthwise_cycles(sizes, sizes.window.out_height, lanes) + kMoveCycles * moved * static_cast<double>(sizes.inner_channels);
+  return products / sizes.speed_apart + depthwise_cycles(sizes, sizes.window.out_height, lanes) +
+         (near ? kNearMoveCycles : kMoveCycles) * moved * static_cast<double>(sizes.inner_channels);
 }
 
 }  // namespace
@@ -64,8 +77,9 @@ std::vector<Band> make_bands(const Window& window, int64_t count) {
   return bands;
 }
 
-int64_t choose_bands(const BottleneckSizes& sizes, int lanes, int num_threads) {
-  const double apart = cycles_apart(sizes, lanes) / num_threads;
+int64_t choose_bands(const BottleneckSizes& sizes, const KernelTable& kernels, int num_threads) {
+  const int lanes = kernels.lanes;
+  const double apart = cycles_apart(sizes, kernels, num_threads) / num_threads;
   int64_t best = 0;
   double best_cycles = apart;
   for (int64_t count = 1; count <= sizes.window.out_height; ++count) {

@@ -30,6 +30,6 @@ struct BottleneckSizes {
 std::vector<Band> make_bands(const Window& window, int64_t count);
 
 // The number of bands that is expected to take least time on `num_threads` threads, or 0 where the three steps one by one take less.
-int64_t choose_bands(const BottleneckSizes& sizes, int lanes, int num_threads);
+int64_t choose_bands(const BottleneckSizes& sizes, const KernelTable& kernels, int num_threads);
 
 }  // namespace dynprune
