@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import time
@@ -32,6 +33,7 @@ from dynprune.cli.scenarios import NAMES, Call, make_scenario, serve
 from dynprune.cli.table import format_table
 from dynprune.control.frontier import Frontier, OperatingPoint
 from dynprune.control.monitor import ResourceMonitor
+from dynprune.control.slowdown import SlowdownEstimator
 from dynprune.control.sources import allowed_cores
 from dynprune.runtime.model import DynamicModel
 from dynprune.runtime.profile import fit_to_latencies, level_latencies, machine_name, measure_costs
@@ -131,11 +133,13 @@ def keep_evenly(dm: DynamicModel, inputs: list, levels: int = 9, least: float = 
 def cost_errors(dm: DynamicModel, inputs: list) -> tuple[float, float, float]:
     """Returns medians of |predicted / measured - 1| of whole inferences, over levels and inputs.
 
-    First as they are; then with one factor for all, as the machine's speed may have changed since the times were measured; last
-    what repetitions of the same inference differ by from their own median, which no prediction can be better than.
+    First as they are, the change of the machine's speed since the times were measured included; then as the controller uses them, times
+    the slow-down that it has estimated from the inferences before; last what repetitions of the same inference differ by from their own
+    median, which no prediction can be better than.
     """
-    engine = dm.engine_for(*inputs[0])
+    engine, slowdown = dm.engine_for(*inputs[0]), SlowdownEstimator()
     ratios: dict[tuple[float, int], list[float]] = {}
+    tracked = []
     for _ in range(12):
         for level in np.linspace(0, 1, 9):
             for number in range(4):
@@ -144,15 +148,17 @@ def cost_errors(dm: DynamicModel, inputs: list) -> tuple[float, float, float]:
                 measured_ms = (time.perf_counter() - began) * 1e3
                 if number:  # the first after another level finds other rows in the caches
                     ratios.setdefault((level, number), []).append(done.predicted_ms / measured_ms)
+                    tracked.append(math.exp(slowdown.mean) * done.predicted_ms / measured_ms)
+                    slowdown.update(math.log(measured_ms / done.predicted_ms))
     everything = np.concatenate([np.array(some) for some in ratios.values()])
     noise = np.concatenate([np.array(some) / np.median(some) for some in ratios.values()])
-    return tuple(float(np.median(abs(some - 1))) for some in (everything, everything / np.median(everything), noise))
+    return tuple(float(np.median(abs(some - 1))) for some in (everything, np.array(tracked), noise))
 
 
 def keeping_costs(dm: DynamicModel, inputs: list) -> list[list[object]]:
     """Returns what keeping a budget costs beside the inference itself, a row per part."""
     idle_ms = dm.frontier.latency_ms_at(0.0)
-    error, shape_error, noise = cost_errors(dm, inputs)
+    error, tracked_error, noise = cost_errors(dm, inputs)
     dm.set_latency_budget(ms=1.2 * idle_ms, percentile=99)
     controller = dm._controller
     change_us = _microseconds(lambda: dm.set_latency_budget(ms=1.2 * idle_ms, percentile=99))
@@ -182,7 +188,7 @@ def keeping_costs(dm: DynamicModel, inputs: list) -> list[list[object]]:
     share = (controller_us + max(0.0, guard_us)) / (idle_ms * 1e3) + monitor_share
     return [
         ["cost model, median of |predicted / measured - 1|", f"{error:.1%}"],
-        ["the same but for one common factor", f"{shape_error:.1%}"],
+        ["the same with the slow-down that the controller has estimated", f"{tracked_error:.1%}"],
         ["repetitions of the same inference", f"{noise:.1%}"],
         ["a budget changed", f"{change_us:.1f} us"],
         ["controller, a call", f"{controller_us:.1f} us"],
