@@ -37,10 +37,10 @@ class Architecture:
 def build(architecture: Architecture) -> nn.Module:
     """Returns the model in eval mode with weights under which every part of it shows in the result.
 
-    Parameters that start as one constant (norms, layer scales, zero-initialised branches) get random values. Batch norms get the
-    statistics of a batch, moved at random, so that values keep the magnitudes of a trained model: where they grow from layer to layer,
-    attention ends in one-hot choices between near ties, and the last bit of a sum decides (Visformer with random statistics: logits
-    of some 1e6; PyTorch's own results with and without oneDNN were 4e-4 of the largest output apart, the engine's 1.4e-2).
+    Parameters that start as one constant (norms, layer scales, zero-initialised branches) get random values. Batch norms scale their
+    channels to a magnitude of about 1, as in a trained model. With statistics at random values grow from layer to layer until attention
+    ends in one-hot choices between near ties (Visformer: logits of some 1e6), and with the true ones of noise images, which are all
+    alike, differences of nearly equal numbers are blown up (EfficientNet); either way the last bit of a sum decides.
     """
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -51,23 +51,25 @@ def build(architecture: Architecture) -> nn.Module:
             for parameter in module.parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.numel() > 1 and parameter.min() == parameter.max():
                     parameter.uniform_(0.5, 1.5) if parameter.flatten()[0] == 1 else parameter.normal_(std=0.1)
-        _take_statistics(model, architecture.inputs(4))
+        _set_statistics(model, architecture.inputs(4))
     return model
 
 
-def _take_statistics(model: nn.Module, inputs: tuple) -> None:
-    """Gives batch norms in eval mode the statistics of these inputs, and moves them by some tenths."""
+def _set_statistics(model: nn.Module, inputs: tuple) -> None:
+    """Gives batch norms, on the way of these inputs, second moments for variances and a tenth of their roots for means, at random."""
+
+    def measure(norm: nn.Module, args: tuple) -> None:
+        x = args[0].movedim(1, 0).flatten(1)
+        moment = x.square().mean(1) + 1e-6
+        norm.running_mean.copy_(0.1 * moment.sqrt() * torch.randn_like(moment))
+        norm.running_var.copy_(moment * torch.empty_like(moment).uniform_(0.5, 1.5))
+
     norms = [module for module in model.modules() if isinstance(getattr(module, "running_var", None), Tensor)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.training, norm.momentum = True, None
+    handles = [norm.register_forward_pre_hook(measure) for norm in norms]
     if norms:
         model(*inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.training, norm.momentum = False, momentum
-        norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
-        norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.5, 1.5)
+    for handle in handles:
+        handle.remove()
 
 
 def images(size: int, channels: int = 3) -> Callable[[int], tuple]:
