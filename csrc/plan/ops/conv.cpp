@@ -40,6 +40,8 @@ class ConvOp final : public Op, public Compensated {
       reader.check(shape_.groups == 1, "'sparse' needs one group");
       sparse_.emplace(weight_, shape_.out_channels, shape_.in_channels, shape_.taps());
     } else if (reader.integer("bf16", 0) != 0) {
+      constexpr int64_t kMaxWeights = int64_t{1} << 31;  // what an int32 offset into pairs or items reaches
+      reader.check(shape_.out_channels * shape_.group_inputs() * shape_.taps() <= kMaxWeights, "'bf16' takes at most 2^31 weights");
       bf16_.emplace(weight_, shape_.out_channels, shape_.group_inputs() * shape_.taps(), shape_.groups,
                     kernels.bf16_per_item == 2 && spec_.in_site < 0);
     } else {
