@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from helpers import assert_close
+from safetensors import safe_open
 from torch import nn
 
 from dynprune import DynamicModel, InputError
@@ -87,6 +89,8 @@ def test_bfloat16_is_kept_by_copies_and_files(classifier, tmp_path):
     dm = DynamicModel(classifier, x, dtype=torch.bfloat16)
     dm.save(tmp_path / "gates.safetensors")
     loaded = DynamicModel.load(tmp_path / "gates.safetensors", classifier)
+    with safe_open(tmp_path / "gates.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["dynprune"])["format"] == 3, "older versions would run it in float32"
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(dm)(x), dm(x))
         assert torch.equal(loaded(x), dm(x))

@@ -23,10 +23,12 @@ from dynprune.version import __version__
 if TYPE_CHECKING:
     from dynprune.runtime.model import DynamicModel
 
-FORMAT = 2
-"""Goes up when files can no longer be read by older versions; files without tuned weights are still written as 1."""
+FORMAT = 3
+"""Goes up when files can no longer be read by older versions: 2 came with tuned weights, 3 with other types than float32 and thresholds
+for single tokens. A file says the lowest that reads it whole."""
 
 _TUNED = "tuned."
+_TOKEN_CURVES = ".token_curves"
 _KEY = "dynprune"
 _COSTS = "costs."
 _ARRAYS = ("level_ms", "run_share", "work_share", "site_share")
@@ -41,8 +43,9 @@ def save(dm: DynamicModel, path: str | PathLike, base: nn.Module | None = None) 
         CheckpointError: the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dm.gates.state_dict().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel() or not name.endswith(_TOKEN_CURVES)}
     about: dict[str, Any] = {
-        "format": 1 if base is None else FORMAT,
+        "format": _lowest_format(dm, tensors, tuned=base is not None),
         "version": __version__,
         "fingerprint": fingerprint(dm.model if base is None else base),
         "include": list(dm.include),
@@ -112,6 +115,12 @@ def load(path: str | PathLike, model: nn.Module, *, remeasure: bool) -> DynamicM
         raise
     except (DynpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def _lowest_format(dm: DynamicModel, tensors: Mapping[str, Tensor], *, tuned: bool) -> int:
+    if dm.arithmetic.dtype != torch.float32 or any(name.endswith(_TOKEN_CURVES) for name in tensors):
+        return 3
+    return 2 if tuned else 1
 
 
 def fingerprint(model: nn.Module) -> str:
