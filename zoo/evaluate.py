@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,11 +34,15 @@ def gate_share(dm: DynamicModel) -> float:
 
 
 def level_below(dm: DynamicModel, share: float) -> float | None:
-    """Returns the lowest level that keeps at most `share` of the multiply-adds on the held-out images, gates counted; None: no level."""
-    own = gate_share(dm)
-    for point in dm.frontier.points:
-        if 1 - point.skip_rate + (own if point.level else 0.0) <= share:
-            return point.level
+    """Returns the lowest level that keeps at most `share` of the multiply-adds on the held-out images, gates counted; None: no level.
+
+    Between the measured levels the share is taken to fall linearly.
+    """
+    skipped = 1 + gate_share(dm) - share
+    for before, point in pairwise(dm.frontier.points):
+        if point.skip_rate >= skipped:
+            part = (skipped - before.skip_rate) / (point.skip_rate - before.skip_rate)
+            return before.level + max(0.0, part) * (point.level - before.level)
     return None
 
 

@@ -21,6 +21,8 @@ from cifar import ViewLoader, Views, load_module, teacher_logits
 from dynprune import DynamicModel, finetune
 
 HELD_OUT = 2500
+SPLIT_SEED = 1
+"""Of the choice of held-out images, the same in all runs: a run that goes on from another holds out what that did."""
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     load = load_module(args.data)
 
     images, labels = load.cifar10("train")
-    order = np.random.default_rng(args.seed + 1).permutation(len(images))
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     held_out, trained = order[:HELD_OUT], order[HELD_OUT:]
     views = Views(images, args.views)
     logits = teacher_logits(load.network(f"cifar_resnet{args.teacher}"), views, len(images), args.out / f"teacher{args.teacher}")

@@ -15,12 +15,15 @@ from dynprune.training.batches import as_batch
 from dynprune.training.batchnorm import reestimate_batch_norm
 from dynprune.training.calibrate import measure_frontier
 from dynprune.training.levels import sandwich_levels
+from dynprune.training.loss import GateLoss
 from dynprune.training.samples import read_samples
 from dynprune.training.sensitivity import Metric
 
 
 class GateTraining(Callback):
-    """Gives each sample of a training batch its level; at the end takes batch-norm statistics anew and measures the frontier.
+    """Gives each sample of a training batch its level, and lets thresholds follow the module's `GateLoss`.
+
+    At the end it takes batch-norm statistics anew and measures the frontier.
 
     The module's own `training_step` computes the loss, with a `GateLoss` among its terms; calibrate the model before, so that the
     gates start from a fit.
@@ -56,8 +59,11 @@ class GateTraining(Callback):
         first = next(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
         self.dm.training_levels = sandwich_levels(first.shape[0], generator=self._generator, device=pl_module.device)
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.dm.training_levels = None
+        for module in pl_module.modules():
+            if isinstance(module, GateLoss):
+                module.move_thresholds()
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         self.dm.training_levels = None

@@ -67,10 +67,10 @@ def finetune(
 ) -> Frontier:
     """Returns the `Frontier` of `dm` after training its gates, and with them the weights of the user's model, in place.
 
-    Every sample of a batch runs at its own level (`sandwich_levels`: a quarter whole, a quarter at the tightest, the rest in between),
+    Every sample of a batch runs at its own level (`sandwich_levels`: an eighth whole, a quarter at the tightest, the rest in between),
     with straight-through masks. The loss is cross entropy with the labels, the divergence from a teacher, and a `GateLoss` that brings
-    the cost of each level to its target. After training, batch-norm statistics are taken anew over the same mix of levels, thresholds
-    are moved so that each level costs its target, and the frontier is measured as by `calibrate`.
+    the cost of each level to its target, with thresholds that follow. After training, batch-norm statistics are taken anew over the
+    same mix of levels, thresholds are moved so that each level costs its target, and the frontier is measured as by `calibrate`.
 
     With `train=("gates",)` the model stays as it is, and so does its output at level 0. With the model trained too, level 0 is the
     tuned model; train longer for more: 10 epochs are a beginning.

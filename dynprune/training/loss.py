@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dynprune.errors import CalibrationError, InputError
 from dynprune.runtime.model import DynamicModel
@@ -14,6 +15,7 @@ from dynprune.training.costing import step_costs
 
 ANCHORS = 4
 """Levels between which costs are told apart: the loss sees one mean per anchor, 1/4, 2/4, 3/4 and 1."""
+THRESHOLD_RATE = 0.05
 
 
 class GateLoss(nn.Module):
@@ -39,7 +41,9 @@ class GateLoss(nn.Module):
         >>> gate_loss = GateLoss(dm, target_macs=0.5)
         >>> for x, labels in loader:
         ...     dm.training_levels = sandwich_levels(len(x))
-        ...     loss = F.cross_entropy(dm(x), labels) + gate_loss()
+        ...     (F.cross_entropy(dm(x), labels) + gate_loss()).backward()
+        ...     optimizer.step(), optimizer.zero_grad()
+        ...     gate_loss.move_thresholds()
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class GateLoss(nn.Module):
             raise InputError(f"`weight` must be >= 0, got {weight!r}.")
         self._dm = (dm,)  # in a tuple: not a submodule of the loss
         self.weight, self.floor = float(weight), float(floor)
+        self._missed = torch.zeros(ANCHORS)
         if not dm.plan.sites:
             raise InputError("The model has no place that can be gated, so there is nothing to train; dm.explain() says why.")
         if target_ms is not None:
@@ -96,13 +101,34 @@ class GateLoss(nn.Module):
         excess = self.cost(keep) - (1 - levels * (1 - self.target))
         shares = torch.stack(list(keep.values()), 1)
         loss = first.new_zeros(())
-        for anchor in torch.arange(1, ANCHORS + 1) / ANCHORS:
-            near = (1 - (levels - anchor).abs() * ANCHORS).clamp_min(0)
+        self._missed = first.new_zeros(ANCHORS)
+        for number in range(ANCHORS):
+            near = (1 - (levels * ANCHORS - (number + 1)).abs()).clamp_min(0)
             if near.sum() > 0:
                 near = near / near.sum()
                 below = (self.floor - near @ shares).clamp_min(0)
-                loss = loss + (near @ excess).square() + below.square().sum()
+                missed = near @ excess
+                self._missed[number] = missed.detach()
+                loss = loss + missed.square() + below.square().sum()
         return self.weight * loss
+
+    @torch.no_grad()
+    def move_thresholds(self, rate: float = THRESHOLD_RATE) -> None:
+        """Moves the threshold curves of all gates against what the costs of the last call missed their targets by.
+
+        The penalty alone comes to rest where the task's pull on the gates balances it, at another cost than the target, and it cannot
+        spread the levels apart where scores have spread. Called after every step, this does both.
+
+        Args:
+            rate: >= 0, how far a threshold moves, in units of the score, per cost that is missed (1 is the whole model's). The default
+                0.05 moves it by a tenth of the scores' first spread in 20 steps that are off by 0.1.
+        """
+        missed = torch.cat([self._missed[:1], self._missed])
+        for site in self._dm[0].sites:
+            gate = self._dm[0].gate(site.name)
+            count = len(gate.curve)
+            step = F.interpolate(missed[None, None], size=count, mode="linear", align_corners=True)[0, 0]
+            gate.set_curve(gate.curve + rate * step.to(gate.curve))
 
     def _checked(self, share: float, name: str, given: str, whole: float, unit: str) -> float:
         least = float(self.cost(dict.fromkeys(self.cost.sites, self.floor)))

@@ -132,6 +132,8 @@ class Trainer:
             self.dm.masks = {}
         for optimizer in self.optimizers:
             optimizer.step()
+        if self._gates:
+            self.gate_loss.move_thresholds()
         self.step += 1
         return values
 

@@ -20,12 +20,12 @@ from dynprune.training.loss import GateLoss, distillation_loss
 # ---------------------------------------------------------------- levels
 
 
-@pytest.mark.parametrize("size", (1, 3, 4, 64))
+@pytest.mark.parametrize("size", (1, 3, 4, 8, 64))
 @pytest.mark.parametrize("tightest", (0.4, 1.0))
-def test_a_quarter_runs_whole_and_a_quarter_at_the_tightest(size, tightest):
+def test_an_eighth_runs_whole_and_a_quarter_at_the_tightest(size, tightest):
     levels = sandwich_levels(size, tightest=tightest, generator=torch.Generator().manual_seed(3))
     assert levels.shape == (size,) and levels.min() >= 0 and levels.max() <= tightest
-    assert (levels == 0).sum() == size // 4 and (levels == tightest).sum() == size // 4
+    assert (levels == 0).sum() == size // 8 and (levels == tightest).sum() == size // 4
 
 
 def test_levels_follow_the_generator():
@@ -148,6 +148,24 @@ def test_loss_reads_the_last_call_and_its_gradient_reaches_the_gates_only(make_m
     assert not list(gate_loss.parameters()), "the model is not part of the loss"
 
 
+def test_thresholds_move_until_each_level_costs_its_target(make_model):
+    dm = make_model().train()
+    gate_loss = GateLoss(dm, target_macs=0.6)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for step in range(400):
+            x, _ = samples(32, step)
+            dm.training_levels = sandwich_levels(32, generator=generator)
+            dm(x)
+            gate_loss()
+            gate_loss.move_thresholds()
+        x, _ = samples(64, 1000)
+        for level in (0.25, 0.5, 1.0):
+            _, masks = dm.attachment.run((x,), level=level)
+            cost = gate_loss.cost({name: mask.mean(1) for name, mask in masks.items()}).mean().item()
+            assert cost == pytest.approx(1 - 0.4 * level, abs=0.06), level
+
+
 def test_own_training_loop(make_model):
     dm = make_model().train()
     gate_loss = GateLoss(dm, target_macs=0.6)
@@ -163,6 +181,7 @@ def test_own_training_loop(make_model):
         costs.append(gate_loss.cost({name: mask.mean(1) for name, mask in dm.masks.items()})[tight].mean().item())
         (F.cross_entropy(output, labels) + gate_loss()).backward()
         optimizer.step()
+        gate_loss.move_thresholds()
     assert abs(sum(costs[-5:]) / 5 - 0.6) < abs(costs[0] - 0.6) or abs(costs[0] - 0.6) < 0.05
     dm.eval()
     dm.level = 1.0
