@@ -59,7 +59,8 @@ def page_of(results: list[Coverage]) -> str:
         "",
         f"- wraps: {share(sum(not c.error for c in results))}",
         "- equals the original at level 0, and engine equals hooked model at random active lists, both within",
-        f"  {TOLERANCE:g} of the largest output, or at most twice as far from float64 as PyTorch (below): {share(sum(c.is_equal for c in results))}",
+        f"  {TOLERANCE:g} of the largest output, or at most twice as far from float64 as PyTorch (below): "
+        + share(sum(c.is_equal for c in results)),
         f"- runs wholly on the engine: {share(sum(c.is_whole for c in results))}",
         f"- over half of its multiply-adds can be gated: {share(sum(c.gateable > 0.5 for c in results))}",
         "",
