@@ -131,17 +131,15 @@ class ConvOp final : public Op, public Compensated {
     int64_t channel(int64_t row) const { return index != nullptr ? index[row] : row; }
   };
 
-  // Each group begins a packed tile of its own: row r of the weights is packed row r + group * group_padding().
-  int64_t group_tiles() const { return (shape_.group_outputs() + kPackedRows - 1) / kPackedRows; }
-  int64_t group_padding() const { return group_tiles() * kPackedRows - shape_.group_outputs(); }
+  PackedGroups packed_groups() const { return {shape_.group_outputs()}; }
   int64_t tile_stride() const { return shape_.group_inputs() * shape_.taps() * kPackedRows; }
 
   void pack_weights() {
     const int64_t columns = shape_.group_inputs() * shape_.taps();
-    weights_ = AlignedBuffer<float>(shape_.groups * group_tiles() * tile_stride());
+    weights_ = AlignedBuffer<float>(shape_.groups * packed_groups().tiles() * tile_stride());
     std::fill_n(weights_.data(), weights_.size(), 0.0f);
     for (int64_t channel = 0; channel < shape_.out_channels; ++channel) {
-      const int64_t row = channel + channel / shape_.group_outputs() * group_padding();
+      const int64_t row = packed_groups().packed_row(channel);
       float* packed = weights_.data() + row / kPackedRows * tile_stride() + row % kPackedRows;
       for (int64_t k = 0; k < columns; ++k) packed[k * kPackedRows] = weight_[channel * columns + k];
     }
@@ -215,7 +213,7 @@ class ConvOp final : public Op, public Compensated {
       product.weight_stride = chunk.packed ? tile_stride() : shape_.group_inputs() * taps;
       product.packed = chunk.packed;
       product.row_index = chunk.index != nullptr ? chunk.index + rows.begin : nullptr;
-      product.row_shift = (chunk.packed ? group * group_padding() : 0) + (chunk.index != nullptr ? 0 : rows.begin);
+      product.row_shift = (chunk.packed ? group * packed_groups().padding() : 0) + (chunk.index != nullptr ? 0 : rows.begin);
       product.weight_offset = weight_offset;
       product.out = sums + (rows.begin - chunk.rows.begin) * chunk.width;
       product.out_stride = chunk.width;
@@ -298,7 +296,7 @@ class ConvOp final : public Op, public Compensated {
   int64_t place_rows(const Chunk& chunk, Range rows, int32_t* row_offset, int32_t* tile_index) const {
     int64_t count = 0;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int64_t row = bf16_->packed_row(chunk.channel(i));
+      const int64_t row = packed_groups().packed_row(chunk.channel(i));
       const auto tile = static_cast<int32_t>(row / kPackedRows);
       if (count == 0 || (tile_index[count - 1] != tile && count < max_tiles())) tile_index[count++] = tile;
       const int64_t first = bf16_->pairs() ? tile * (bf16_->tile_stride() / 2) : (count - 1) * item_stride();
@@ -414,7 +412,7 @@ class ConvOp final : public Op, public Compensated {
   int64_t bf16_offset() const { return sparse_offset(); }
   int64_t items_offset() const { return bf16_offset() + align(2 * max_rows_); }
   int64_t item_stride() const { return kBf16Block / kernels_.bf16_per_item * kPackedRows; }
-  int64_t max_tiles() const { return std::min(max_rows_, shape_.groups * group_tiles()); }
+  int64_t max_tiles() const { return std::min(max_rows_, shape_.groups * packed_groups().tiles()); }
   int64_t panel_offset() const {
     if (sparse_) return sparse_offset() + align(sparse_->scratch_floats(max_rows_, spec_.in_site >= 0));
     if (!bf16_) return sparse_offset();

@@ -69,6 +69,15 @@ struct PatchMap {
 };
 PatchMap make_patch_map(const ConvShape& shape, const std::vector<PositionTile>& tiles, int lanes, const Rows& x);
 
+// Packed rows of a weight: each group of `group_rows` rows begins a tile of kPackedRows of its own.
+struct PackedGroups {
+  int64_t group_rows;
+
+  int64_t tiles() const { return (group_rows + kPackedRows - 1) / kPackedRows; }  // of one group
+  int64_t padding() const { return tiles() * kPackedRows - group_rows; }          // of one group
+  int64_t packed_row(int64_t row) const { return row + row / group_rows * padding(); }
+};
+
 // The chunks of one sample: `position_parts` x `row_parts`, those of one part of the rows or of one part of the positions in turn.
 struct ChunkGrid {
   int64_t position_parts;
