@@ -53,9 +53,9 @@ class LatencyController:
     lowest whose expected time, at `percentile` of the spread, fits. The normal distribution gives the margin at first; then it follows
     the misses (an online quantile estimate): it grows with each, and shrinks with each inference that keeps the budget at a level above
     0, down to the level whose mean fits, so that nearly as many happen as `percentile` allows, or a third of them where that is less margin
-    than the normal distribution's. After a step upwards, and after two misses in a
-    row, it is the normal distribution's again at least. A `ResourceSample` that shows more load than the recent
-    inferences have met raises the expectation before the first slow one. The level tightens at once and relaxes after calm.
+    than the normal distribution's. After a step upwards, and after two misses in a row, it is the normal distribution's again at least.
+    A `ResourceSample` that shows more load than the recent inferences have met raises the expectation before the first slow one. The
+    level tightens at once and relaxes after calm.
 
     Where the frontier knows the times of fewer threads, each number of threads has its own estimate, and the one that needs the lowest
     level runs. One that did not run for 128 inferences, or not under such a load, is expected to get a fair share of the cores beside
