@@ -31,6 +31,7 @@ def run(script: str, folder: Path) -> list[subprocess.Popen]:
 
 
 PREPARE = """
+import gc
 import torch, torch.distributed as dist
 from torch.nn import functional as F
 from patterns import Net, samples
@@ -61,6 +62,8 @@ for x, labels in loader:
     optimizer.zero_grad()
     (F.cross_entropy(ddp(x), labels) + gate_loss()).backward()
     optimizer.step()
+del ddp  # it holds the process group, whose threads have to be gone before the interpreter ends
+gc.collect()
 """
 
 COMPARE = """
