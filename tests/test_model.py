@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dynprune.control.monitor import ResourceMonitor
 from dynprune.control.pressure import PressurePolicy, ResourceSample
 from dynprune.errors import CalibrationError, DynpruneError, InputError, UnsupportedModelError
-from dynprune.runtime.model import MAX_SESSIONS, DynamicModel
+from dynprune.runtime.captured import MAX_SESSIONS
+from dynprune.runtime.model import DynamicModel
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_decoding_runs_gated_mlps_on_the_engine(decoder, monkeypatch) -> None:
     settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     on_engine = dm.generate(ids(2, 6), **settings)
     assert dm._islands.paths == ("model.layers.0.mlp", "model.layers.1.mlp")
-    monkeypatch.setattr(Islands, "run", lambda self, call, level: tokens.append(level) or call())
+    monkeypatch.setattr(Islands, "run", lambda self, call, level, done: tokens.append(level) or call())
     in_pytorch = dm.generate(ids(2, 6), **settings)
     assert tokens == [1.0, 1.0, 1.0]
     for one, other, whole in zip(on_engine.logits, in_pytorch.logits, dm.model.generate(ids(2, 6), **settings).logits, strict=True):
@@ -175,6 +176,33 @@ def test_single_tokens_leave_out_small_inputs_of_mlps_and_nothing_else(decoder, 
     assert not torch.allclose(second.logits, whole, atol=1e-3), "nothing was left out"
 
 
+def test_decode_steps_are_counted(decoder, tmp_path) -> None:
+    """Eight calls for two samples: a prompt of 6 tokens and 7 steps of one, of which only MLPs skip."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    gated, thin, whole = copy.deepcopy(decoder), with_token_curves(decoder, tmp_path), copy.deepcopy(decoder)
+    gated.level = thin.level = 1.0
+    for dm in (gated, thin, whole):
+        dm.reset_stats()
+        dm.generate(ids(2, 6), **settings)
+        assert (dm.stats().inferences, dm.stats().samples, dm.stats().budget_misses) == (8, 16, 0)
+        assert dm.stats().latency_ms.p50 > 0
+    assert whole.stats().skip_rate == 0 and whole.stats().site_skip_rates == {}
+
+    mlps = [site for site in gated.sites if "mlp" in site.name]
+    rates = gated.stats().site_skip_rates
+    assert set(rates) == {site.name for site in mlps}
+    skipped = sum(rates[site.name] * site.macs for site in mlps)
+    assert gated.stats().skip_rate == pytest.approx(skipped / gated.plan.macs * 7 / (6 + 7)), "prompts run whole"
+    layers = [f"inputs of model.layers.{i}.mlp.{name}" for i in range(2) for name in ("gate_proj", "down_proj")]
+    rates = thin.stats().site_skip_rates
+    assert set(rates) == set(layers) and all(0 < rate < 1 for rate in rates.values())
+    assert 0 < thin.stats().skip_rate < 1
+
+    gated.reset_stats()
+    gated(input_ids=ids(2, 1), past_key_values=transformers.DynamicCache(), use_cache=True, deadline=time.monotonic() - 1)
+    assert gated.stats().budget_misses == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("by_token", [False, True], ids=["gates", "thresholds"])
 def test_a_decoder_in_half_precision_runs_its_mlps_on_the_engine(llama, monkeypatch, by_token: bool, dtype: torch.dtype) -> None:
@@ -189,7 +217,7 @@ def test_a_decoder_in_half_precision_runs_its_mlps_on_the_engine(llama, monkeypa
     assert dm._islands.paths == ("model.layers.0.mlp", "model.layers.1.mlp") and dm._islands.by_token is by_token
     assert on_engine.logits[-1].isfinite().all()
     if not by_token:
-        monkeypatch.setattr(Islands, "run", lambda self, call, level: call())
+        monkeypatch.setattr(Islands, "run", lambda self, call, level, done: call())
         in_pytorch = dm.generate(ids(2, 6), **settings)
         assert torch.allclose(on_engine.logits[1].float(), in_pytorch.logits[1].float(), atol=0.02 * in_pytorch.logits[1].abs().max())
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dynprune.control.checks import is_number
 from dynprune.errors import InputError
@@ -27,6 +29,13 @@ def tensors_in(leaves: Sequence[Any]) -> list[Tensor]:
     if not tensors:
         raise InputError("The model needs at least one tensor, whose dimension 0 is the batch; got none.")
     return tensors
+
+
+def length_of(forward: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Returns dimension 1 of the first tensor of a call, in the order in which `forward` names its arguments; 1 where it has none."""
+    given = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+    first = next((leaf for leaf in pytree.tree_leaves(list(given.values())) if isinstance(leaf, Tensor)), None)
+    return first.shape[1] if first is not None and first.ndim > 1 else 1
 
 
 def is_plain_call(args: tuple, kwargs: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +22,10 @@ from dynprune.gates.heads import Gate
 from dynprune.graph.capture import Graph
 from dynprune.graph.sites import Site
 from dynprune.runtime.arithmetic import Arithmetic
-from dynprune.runtime.engine import Engine
+from dynprune.runtime.engine import Engine, Execution
+from dynprune.runtime.plan import Plan
 from dynprune.runtime.session import Session, sites_in_common
+from dynprune.runtime.statistics import Totals
 from dynprune.runtime.thinning import thinned
 
 _CASTS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.clone.default})
@@ -62,6 +65,7 @@ class Islands:
         self._num_threads = num_threads
         self._sessions: dict[str, Session] = {}
         self._engines: dict[str, Engine] = {}
+        self._totals: dict[str, Totals] = {}
         self._lock = threading.RLock()
         self._sites: defaultdict[str, dict[str, Site]] = defaultdict(dict)
         for site in sites:
@@ -73,17 +77,21 @@ class Islands:
             session = self._capture(path, known) if self._has_curves(known) or not self.by_token else None
             if session is not None:
                 self._sessions[path] = session
-                self._engines[path] = self._engine(path, session, known)
+                self._engines[path] = engine = self._engine(path, session, known)
+                self._totals[path] = self._totals_of(path, engine.plan, known)
         self.paths = tuple(self._sessions)
 
-    def run(self, call: Callable[[], Any], level: float) -> Any:
-        """Returns `call()`, during which the islands run on the engine at `level`. Calls from several threads wait for each other."""
+    def run(self, call: Callable[[], Any], level: float, done: list[tuple[Totals, Execution]]) -> Any:
+        """Returns `call()`, during which the islands run on the engine at `level`. Calls from several threads wait for each other.
+
+        Appends to `done` what all of an island would be and what it executed, each time that one runs on the engine.
+        """
         with self._lock:
             own = {path: self._model.get_submodule(path) for path in self.paths}
             saved = {path: vars(module).get("forward") for path, module in own.items()}
             try:
                 for path, module in own.items():
-                    module.forward = self._on_engine(path, module.forward, level)
+                    module.forward = self._on_engine(path, module.forward, level, done)
                 return call()
             finally:
                 for path, module in own.items():
@@ -92,14 +100,15 @@ class Islands:
                     else:
                         module.forward = saved[path]
 
-    def _on_engine(self, path: str, forward: Callable[..., Any], level: float) -> Callable[..., Any]:
-        session, engine = self._sessions[path], self._engines[path]
+    def _on_engine(self, path: str, forward: Callable[..., Any], level: float, done: list[tuple[Totals, Execution]]) -> Callable[..., Any]:
+        session, engine, totals = self._sessions[path], self._engines[path], self._totals[path]
         dtype = session.graph.inputs[0].dtype
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if len(args) != 1 or kwargs or not _is_one_token(args[0], dtype):
                 return forward(*args, **kwargs)
-            outputs, _ = engine.run(args, level=level)
+            outputs, execution = engine.run(args, level=level)
+            done.append((totals, execution))
             return session.pack(outputs)
 
         return run
@@ -132,6 +141,11 @@ class Islands:
             curves |= {name.removeprefix(f"{path}."): makes for name in site.producers}
             curves |= {consumer.module_path.removeprefix(f"{path}."): reads for consumer in site.consumers}
         return Engine(*thinned(session.plan, curves), num_threads=self._num_threads)
+
+    def _totals_of(self, path: str, plan: Plan, known: Mapping[str, Site]) -> Totals:
+        """Returns what a run of all of an island would be; with thresholds its sites are the inputs of layers."""
+        names = [f"inputs of {path}.{site.name}" if self.by_token else known[site.name].name for site in plan.sites]
+        return Totals(float(plan.macs), tuple(names), np.array([site.num_channels for site in plan.sites], np.int64))
 
 
 def _home(site: Site) -> str:

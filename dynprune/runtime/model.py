@@ -16,29 +16,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dynprune.errors import InputError, UnsupportedModelError
-from dynprune.gates.attach import Attachment, check_site_names, make_gate
-from dynprune.gates.heads import Gate, gate_key
-from dynprune.graph.capture import Graph
-from dynprune.graph.sites import Site, Ungated
+from dynprune.gates.attach import check_site_names
 from dynprune.runtime.arithmetic import Arithmetic
-from dynprune.runtime.call import FAR_NS, due_at_ns, is_plain_call, tensors_in
-from dynprune.runtime.engine import Engine, Execution
+from dynprune.runtime.call import FAR_NS, due_at_ns, is_plain_call, length_of, tensors_in
+from dynprune.runtime.captured import Captured
+from dynprune.runtime.engine import Execution
 from dynprune.runtime.explain import explain
-from dynprune.runtime.governed import Governed
 from dynprune.runtime.islands import Islands
-from dynprune.runtime.ops import CallForm, compiled_call, register
-from dynprune.runtime.plan import Plan
-from dynprune.runtime.session import Session, sites_in_common
-from dynprune.runtime.statistics import LastCall, Stats, StatsRecorder
-from dynprune.runtime.watch import Watch
-
-MAX_SESSIONS = 8
-"""Plans kept for different input shapes; the one used longest ago goes first."""
+from dynprune.runtime.ops import compiled_call, register
+from dynprune.runtime.session import Session
+from dynprune.runtime.statistics import LastCall, Stats, StatsRecorder, Totals
 
 Active = Mapping[str, Sequence[Sequence[int]]]
 
 
-class DynamicModel(Governed):
+class DynamicModel(Captured):
     """Runs a model so that each input uses only the channels and blocks that it needs, within a latency budget.
 
     In eval mode, on CPU and without gradients the calls run on the C++ engine; in training mode, on another device or where gradients
@@ -83,30 +75,16 @@ class DynamicModel(Governed):
         exact: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
         if not isinstance(model, nn.Module):
             raise InputError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(model, DynamicModel):
             raise InputError("`model` is a DynamicModel already; wrap its `.model`.")
-        self.model = model
-        self.gates = nn.ModuleDict()
-        self.training = self.gates.training = model.training
-        self.include, self.exclude, self.group_size = tuple(include), tuple(exclude), group_size
-        self.arithmetic = Arithmetic(exact, dtype)
-        self.attachment: Attachment | None = None
+        super().__init__(model, include=include, exclude=exclude, group_size=group_size, arithmetic=Arithmetic(exact, dtype))
         self.training_levels: Tensor | None = None
         self.masks: dict[str, Tensor] = {}
-        self._example: tuple[tuple, dict[str, Any]] | None = None
-        self._sites: dict[str, Site] = {}
-        self._unhooked: tuple[Ungated, ...] = ()
-        self._model_watch: Watch | None = None
-        self._gate_watch: Watch | None = None
         self._recorder = StatsRecorder()
         self._recorder.last_call = LastCall(0.0, 0.0, self._num_threads, 0.0)
-        self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
-        self._uncapturable: set[Any] = set()
         self.number = register(self)
-        self.call_form: CallForm | None = None
         if isinstance(example_inputs, Mapping):
             self.capture(**example_inputs)
         elif example_inputs is not None:
@@ -133,7 +111,7 @@ class DynamicModel(Governed):
         began_ns = time.monotonic_ns()
         due_ns = FAR_NS if deadline is None else due_at_ns(deadline)
         if self._example is not None and not is_plain_call(args, kwargs):
-            return self._run_in_pytorch(args, kwargs)
+            return self._run_in_pytorch(args, kwargs, began_ns, due_ns)
         gates = deadline is not None or self._level > 0 or self._controller is not None or self._monitor is not None
         try:
             session, inputs, batch = self._session_for(args, kwargs, gates=gates)
@@ -141,7 +119,7 @@ class DynamicModel(Governed):
             if self._example is None:
                 raise
             self._warn_once("capture", f"Calls of this form run in PyTorch: {error}")
-            return self._run_in_pytorch(args, kwargs)
+            return self._run_in_pytorch(args, kwargs, began_ns, due_ns)
         controller = None if self.training else self._controller
         if controller is None and deadline is not None and not self.training:
             controller = self._deadline_controller()
@@ -207,37 +185,6 @@ class DynamicModel(Governed):
 
     # ------------------------------------------------------------------ what it is and did
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Where gates stand."""
-        self._check_captured()
-        return tuple(self._sites.values())
-
-    @property
-    def plan(self) -> Plan:
-        """The engine's plan for the shape of the example inputs."""
-        return self._captured().plan
-
-    @property
-    def example(self) -> tuple[tuple, dict[str, Any]]:
-        """Positional and keyword arguments of the call that the model was first captured from."""
-        self._check_captured()
-        return self._example
-
-    @property
-    def graph(self) -> Graph:
-        """The captured graph for the shape of the example inputs."""
-        return self._captured().graph
-
-    def gate(self, site_name: str) -> Gate:
-        """Returns the gate of a site.
-
-        Raises:
-            InputError: no site has this name.
-        """
-        check_site_names(self.sites, [site_name])
-        return self._gate_of[site_name]
-
     def stats(self) -> Stats:
         """Returns what was executed and how long it took since the model was wrapped or `reset_stats()` was called."""
         controller = self._controller
@@ -274,19 +221,6 @@ class DynamicModel(Governed):
         """
         later = importlib.import_module("dynprune.pruning.freeze")  # by name, as it stands after this module on a model's way
         return later.freeze(self, level, inputs=inputs, min_frequency=min_frequency)
-
-    def engine_for(self, *inputs: Any, **kwargs: Any) -> Engine:
-        """Returns the engine that runs inputs of these shapes."""
-        session, _, _ = self._session_for(inputs, kwargs)
-        return session.engine(self._gate_of, costs=self.costs, num_threads=self._num_threads)
-
-    def flat_inputs(self, *inputs: Any, **kwargs: Any) -> list[Tensor]:
-        """Returns the tensors of a call in the order in which the engine takes them."""
-        return [leaf for leaf in pytree.tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
-
-    def refresh(self) -> None:
-        """Makes the engine take the weights as they are now; needed only after writes through `tensor.data`, which leave no trace."""
-        self._refresh_sessions(weights=True)
 
     # ------------------------------------------------------------------ files and copies
 
@@ -361,140 +295,31 @@ class DynamicModel(Governed):
             return "not captured yet"
         return f"{len(self._sites)} sites, level={self.level:.2f}, num_threads={self._num_threads}"
 
-    def _apply(self, fn, recurse: bool = True):
-        result = super()._apply(fn, recurse)
-        self.refresh()
-        return result
-
     # ------------------------------------------------------------------ inside
 
-    def capture(self, *inputs: Any, **kwargs: Any) -> None:
-        """Captures the model for inputs of these shapes ahead of their first call; the first capture decides where gates stand.
-
-        Raises:
-            InputError, UnsupportedModelError: as for `DynamicModel` itself.
-        """
-        self._session_for(inputs, kwargs)
-
-    def is_captured(self, *inputs: Any, **kwargs: Any) -> bool:
-        """Returns whether the plan for inputs of these shapes is there already."""
-        return self._key(inputs, kwargs)[0] in self._sessions
-
-    def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-        """Returns what calls that share a session have in common, and the call's tensors."""
-        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
-            return (((args[0].shape[1:], args[0].dtype),), None, ()), [args[0]]
-        leaves = pytree.tree_leaves((args, kwargs))
-        inputs = tensors_in(leaves)
-        key = (
-            tuple((x.shape[1:], x.dtype) for x in inputs),
-            None if len(leaves) == len(inputs) else tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
-            tuple(kwargs),
-        )
-        return key, inputs
-
-    def _session_for(self, args: tuple, kwargs: dict[str, Any], *, gates: bool = True) -> tuple[Session, list[Tensor], int]:
-        """Returns the session for the shapes of a call, captured now if they are new, the call's tensors and its batch size.
-
-        `gates` says whether the call's result may depend on the gates; where not, changes of theirs are left to a later call.
-        """
-        key, inputs = self._key(args, kwargs)
-        if not self.training:
-            self._follow_changes(gates=gates)
-        session = self._sessions.get(key)
-        if session is None:
-            if key in self._uncapturable:
-                raise UnsupportedModelError("torch.export could not capture a call of this form.")
-            with self._lock:
-                session = self._sessions.get(key) or self._capture(key, args, kwargs)
-        batch = session.batch_of(inputs)
-        session.last_used_ns = time.monotonic_ns()
-        return session, inputs, batch
-
-    def _capture(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Session:
-        if any(isinstance(x, Tensor) and x.ndim and x.shape[0] == 0 for x in pytree.tree_leaves((args, kwargs))):
-            raise InputError("The batch must hold at least 1 sample, got 0.")
-        options = {"include": self.include, "exclude": self.exclude, "group_size": self.group_size, "arithmetic": self.arithmetic}
-        try:
-            session = Session(self.model, args, kwargs, **options)
-        except UnsupportedModelError:
-            if self._example is not None:
-                self._uncapturable.add(key)
-            raise
-        if self._example is None:
-            self._take_sites(session)
-            self._example = (args, kwargs)
-            self.call_form = CallForm(args, kwargs, session.graph)
-            self._watch()
-        else:
-            session.sites = sites_in_common(session.sites, self._sites)
-        if len(self._sessions) == MAX_SESSIONS:
-            del self._sessions[min(self._sessions, key=lambda known: self._sessions[known].last_used_ns)]
-        session.set_lean(self._lean, self._gate_of, costs=self.costs, num_threads=self._num_threads)
-        self._sessions[key] = session
-        return session
-
-    def _take_sites(self, session: Session) -> None:
-        """Makes the gates of the sites that the first capture found."""
-        hooked = Attachment(self.model, session.sites.sites, self.gates, session.graph)
-        session.sites = sites_in_common(session.sites, {site.name: site for site in hooked.sites})
-        honoured = {site.name for site in session.plan.sites}
-        self.attachment = Attachment(self.model, [site for site in hooked.sites if site.name in honoured], self.gates, session.graph)
-        self._unhooked = hooked.ungated
-        self._sites = {site.name: site for site in self.attachment.sites}
-        gates = {site.name: make_gate(self.model, site) for site in self.attachment.sites}
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        for name in self._sites:
-            self.gates[gate_key(name)] = gates[name].to(device).train(self.training)
-            self._gate_of[name] = gates[name]
-
-    def _run_in_pytorch(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Returns the model's output of a call that has no plan."""
+    def _run_in_pytorch(self, args: tuple, kwargs: dict[str, Any], began_ns: int, due_ns: int) -> Any:
+        """Returns the model's output of a call that has no plan, and counts the call."""
         self._follow_changes(gates=True)
         tensors = tensors_in(pytree.tree_leaves((args, kwargs)))
         self._check_devices(tensors)
         level = max(self.level, self._next_level(None, 1, math.inf))
-        call = partial(self.attachment.run, args, kwargs, level=level)
-        if self.training or level <= 0 or not self._runs_on_engine(tensors):
-            return call()[0]
+        done: list[tuple[Totals, Execution]] = []
+        if self.training or (level > 0 and not self._runs_on_engine(tensors)):
+            return self.attachment.run(args, kwargs, level=level)[0]
+        if level <= 0:
+            result, _ = self.attachment.run(args, kwargs, level=0.0)
+        elif self._token_islands().by_token:
+            result = self._token_islands().run(partial(self.model, *args, **kwargs), level, done)
+        else:
+            result, _ = self._token_islands().run(partial(self.attachment.run, args, kwargs, level=level), level, done)
+        self._record_parts(args, kwargs, done, level, (time.monotonic_ns() - began_ns) * 1e-6, (due_ns - began_ns) * 1e-6)
+        return result
+
+    def _token_islands(self) -> Islands:
         if self._islands is None:
-            session = self._captured()
             options = {"arithmetic": self.arithmetic, "num_threads": self._num_threads}
-            self._islands = Islands(self.model, session.graph, self.sites, self._gate_of, **options)
-        if self._islands.by_token:
-            return self._islands.run(partial(self.model, *args, **kwargs), level)
-        return self._islands.run(call, level)[0]
-
-    def _check_captured(self) -> None:
-        if self._example is None:
-            raise InputError("The model is captured at its first call; pass `example_inputs` or call it once.")
-
-    def _captured(self) -> Session:
-        """Returns the session for the shapes of the example."""
-        args, kwargs = self.example
-        return self._session_for(args, kwargs)[0]
-
-    def _follow_changes(self, *, gates: bool = True) -> None:
-        """Makes later calls capture a model again in which a module or weight was replaced, and fold weights again that were written.
-
-        Args:
-            gates: whether to look at the gates too, whose weights matter only where they decide.
-        """
-        model = self._model_watch
-        if model is None or not (model.changed() or (gates and self._gate_watch.changed())):
-            return
-        with self._lock:
-            if self._model_watch is not model:
-                return
-            self._watch()
-            if model.replaced():
-                self._sessions.clear()
-                self._islands = None
-            else:
-                self._refresh_sessions(weights=model.written())
-
-    def _watch(self) -> None:
-        self._model_watch, self._gate_watch = Watch(self.model), Watch(self.gates)
+            self._islands = Islands(self.model, self.graph, self.sites, self._gate_of, **options)
+        return self._islands
 
     def _runs_on_engine(self, inputs: list[Tensor]) -> bool:
         if self.training:
@@ -527,4 +352,22 @@ class DynamicModel(Governed):
             level=execution.level,
             missed=missed,
             guard_actions=execution.guard_actions,
+        )
+
+    def _record_parts(
+        self, args: tuple, kwargs: dict[str, Any], done: list[tuple[Totals, Execution]], level: float, latency_ms: float, limit_ms: float
+    ) -> None:
+        """Counts a call that PyTorch ran but for the parts in `done`."""
+        example, controller = self.example, self._controller
+        batch = tensors_in(pytree.tree_leaves((args, kwargs)))[0].shape[0]
+        length = length_of(self.model.forward, args, kwargs) / length_of(self.model.forward, *example)
+        all_macs = self._macs * length * batch
+        self._recorder.add_parts(
+            [(totals, execution.counts) for totals, execution in done],
+            samples=batch,
+            latency_ms=latency_ms,
+            macs=all_macs - sum(totals.macs * batch - execution.macs for totals, execution in done),
+            all_macs=all_macs,
+            level=level,
+            missed=latency_ms > min(limit_ms, math.inf if controller is None else controller.budget_ms),
         )

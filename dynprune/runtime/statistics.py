@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,8 +59,10 @@ class Stats:
     Attributes:
         inferences: calls.
         samples: inputs in all calls together.
-        skip_rate: share of the model's multiply-adds not executed, over all samples; those of the gates count on neither side.
-        site_skip_rates: by site name, the share of its groups (for a branch: of the samples) that did not run.
+        skip_rate: share of the model's multiply-adds not executed, over all samples; those of the gates count on neither side. A call
+            that PyTorch runs but for parts counts as many as the captured one in proportion to its length, dimension 1 of its first tensor.
+        site_skip_rates: by site name, the share of its groups (for a branch: of the samples) that did not run; by "inputs of " and the
+            name of a layer, the share of inputs that it left out of single tokens.
         latency_ms: percentiles over the last 10,000 calls.
         budget_ms: the budget now, or None.
         budget_misses: calls that took longer than the budget or deadline they ran under.
@@ -133,20 +136,49 @@ class StatsRecorder:
             guard_actions: how often the deadline raised the level.
         """
         with self._lock:
-            self._inferences += 1
-            self._samples += samples
-            self._misses += missed
             self._guard_actions += guard_actions
-            self._macs += macs
-            self._all_macs += totals.macs * samples
-            self._latencies_ms.append(latency_ms)
-            self._level = level
-            pending = self._pending.get(totals)
-            if pending is None:
-                pending = self._pending[totals] = []
-            pending.append(ran)
-            if len(pending) == _MAX_PENDING:
-                self._add_up()
+            self._add_call(samples, latency_ms, macs, totals.macs * samples, level, missed)
+            self._add_rows(totals, ran)
+
+    def add_parts(
+        self,
+        parts: Sequence[tuple[Totals, np.ndarray]],
+        *,
+        samples: int,
+        latency_ms: float,
+        macs: float,
+        all_macs: float,
+        level: float,
+        missed: bool,
+    ) -> None:
+        """Counts one call of which only parts ran on the engine.
+
+        Args:
+            parts: of each its totals and what ran of its sites, as for `add`.
+            all_macs: multiply-adds of the whole call for the batch.
+            samples, latency_ms, macs, level, missed: as for `add`.
+        """
+        with self._lock:
+            self._add_call(samples, latency_ms, macs, all_macs, level, missed)
+            for totals, ran in parts:
+                self._add_rows(totals, ran)
+
+    def _add_call(self, samples: int, latency_ms: float, macs: float, all_macs: float, level: float, missed: bool) -> None:
+        self._inferences += 1
+        self._samples += samples
+        self._misses += missed
+        self._macs += macs
+        self._all_macs += all_macs
+        self._latencies_ms.append(latency_ms)
+        self._level = level
+
+    def _add_rows(self, totals: Totals, ran: np.ndarray) -> None:
+        pending = self._pending.get(totals)
+        if pending is None:
+            pending = self._pending[totals] = []
+        pending.append(ran)
+        if len(pending) == _MAX_PENDING:
+            self._add_up()
 
     def _add_up(self) -> None:
         for totals, pending in self._pending.items():
