@@ -167,6 +167,31 @@ class Shared(nn.Module):
         return self.head(torch.relu(self.again(torch.relu(self.again(torch.relu(self.first(x)))))))
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), Head(16)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(self.stem(x).relu()).relu()))
+
+
+class Causal(nn.Module):
+    """1-D convolutions that look back only: padded on both sides, and cut off behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 16, 3, padding=2), nn.Conv1d(16, 24, 3, padding=4, dilation=2)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x.flatten(2))[:, :, :-2])
+        return self.fc(torch.relu(self.second(y)[..., :-4]).mean(2))
+
+
 @dataclass
 class Result:
     logits: Tensor
@@ -222,6 +247,13 @@ class AttentionBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c)
         x = x + self.proj(y)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class LayersAgain(AttentionBlock):
+    """ALBERT's way: one block, called twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
 
 
 class RootMeanSquare(nn.Module):
@@ -373,6 +405,20 @@ _BUILDERS = {
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 64), nn.Sigmoid(), nn.Linear(64, 32), nn.ELU(), nn.Linear(32, 10)),
     "functional": Functional,
     "shared": Shared,
+    "tied": Tied,
+    "generator": lambda: nn.Sequential(
+        nn.ConvTranspose2d(3, 16, 4, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 16, 2, 2, groups=16),
+        nn.SiLU(),
+        nn.Conv2d(16, 12, 3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(12, 6, (3, 5), (2, 3), (1, 0)),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 2, 2, groups=2),
+    ),
+    "causal": Causal,
+    "layers_again": LayersAgain,
     "two_inputs": TwoInputs,
     "in_place": InPlace,
     "in_place_view": lambda: InPlace(through_view=True),
@@ -385,11 +431,11 @@ _BUILDERS = {
     "pair": lambda: nn.Sequential(PairAttention(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10)),
     "channel_shuffle": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), Shuffle(), nn.Conv2d(16, 8, 1), Head(8)),
 }
-TOKENS = ("attention", "rotary", "grouped_queries", "gpt", "flat_tokens", "pair")
+TOKENS = ("attention", "layers_again", "rotary", "grouped_queries", "gpt", "flat_tokens", "pair")
 NAMES = tuple(_BUILDERS)
 """Every architecture of this file."""
 GATED = ("basic", "bottleneck", "vgg", "mbconv", "mbconv_se", "dense", "fire", "grouped", "convnext", "same_padded", "mlp", "attention",
-         "rotary", "grouped_queries", "gpt", "windows", "flat_tokens", "pair")  # fmt: skip
+         "rotary", "grouped_queries", "gpt", "windows", "flat_tokens", "pair", "shared", "generator", "causal", "layers_again")  # fmt: skip
 """Those that have sites."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import models
 import pytest
 import torch
@@ -9,6 +11,7 @@ from helpers import assert_close
 from test_capture import run_graph
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision_models import torchvision_model
 
@@ -91,7 +94,16 @@ EXPECTED = {
         ("1.fc1", 64, "1.fc1", "1.fc2"),
     ],
     "functional": [],
-    "shared": [],
+    "shared": [("first", 16, "first", "again"), ("again@0", 16, "again", "again"), ("again@1", 16, "again", "head.fc")],
+    "tied": [],
+    "generator": [("0", 16, "0", "4"), ("4", 12, "4", "6")],
+    "causal": [("first", 16, "first", "second"), ("second", 24, "second", "fc")],
+    "layers_again": [
+        ("qkv@0", 16, "qkv", "proj"),
+        ("fc1@0", 64, "fc1", "fc2"),
+        ("qkv@1", 16, "qkv", "proj"),
+        ("fc1@1", 64, "fc1", "fc2"),
+    ],
     "in_place": [],
     "in_place_view": [],
 }  # fmt: skip
@@ -122,12 +134,13 @@ class Tampering:
             module = model.get_submodule(consumer.module_path)
             dim = channel_dim(module)
             mask = keep.repeat_interleave(consumer.repeat)
-            self.handles.append(module.register_forward_pre_hook(lambda _, args, m=mask, d=dim: (args[0] * along(m, d, args[0].ndim),)))
-        for path in site.producers:
+            hook = at_call(consumer.call, lambda _, args, m=mask, d=dim: (args[0] * along(m, d, args[0].ndim),))
+            self.handles.append(module.register_forward_pre_hook(hook))
+        for path, call in zip(site.producers, site.calls, strict=True):
             module = model.get_submodule(path)
             dim = channel_dim(module)
             extra = (noise * (1 - keep)).repeat(len(site.first_rows[site.producers.index(path)]))
-            self.handles.append(module.register_forward_hook(lambda _, args, y, e=extra, d=dim: y + along(e, d, y.ndim)))
+            self.handles.append(module.register_forward_hook(at_call(call, lambda _, args, y, e=extra, d=dim: y + along(e, d, y.ndim))))
 
     def __enter__(self):
         return self
@@ -137,8 +150,14 @@ class Tampering:
             handle.remove()
 
 
+def at_call(call: int | None, hook):
+    """Returns `hook`, which acts at one call of its module only; None: at every one."""
+    calls = itertools.count()
+    return lambda *args: hook(*args) if next(calls) == call or call is None else None
+
+
 def channel_dim(module: nn.Module) -> int:
-    return 1 if isinstance(module, nn.Conv2d) else -1
+    return 1 if isinstance(module, _ConvNd) else -1
 
 
 def along(values: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
@@ -223,8 +242,8 @@ def test_batch_of_the_example_does_not_change_macs():
         ("grouped_queries", "0.key", "may mix its channels"),
         ("channel_shuffle", "0", "splits, merges or moves"),
         ("functional", "conv2d", "functional conv2d"),
-        ("shared", "again", "more than once"),
-        ("shared", "first", "more than once"),
+        ("tied", "a", "shares its weight"),
+        ("generator", "6", "transposed and in groups"),
     ],
     ids=lambda value: value.replace(" ", "_"),
 )
@@ -274,14 +293,18 @@ def conv(a: int, b: int, **options) -> nn.Conv2d:
         (net(lambda m, x: m.b(F.group_norm(m.a(x), 2)), a=conv(3, 8), b=conv(8, 4)), False),
         (net(lambda m, x: m.b(m.a(x)), a=nn.utils.parametrizations.weight_norm(conv(3, 8)), b=conv(8, 4)), False),
         (net(lambda m, x: (m.b(m.a(x)), m.c(x)), a=conv(3, 8), b=conv(8, 4), c=nn.ConvTranspose2d(3, 4, 3)), True),
-        (net(lambda m, x: m.b(m.a(x)), a=conv(3, 8), b=nn.ConvTranspose2d(8, 4, 3)), False),
+        (net(lambda m, x: m.b(m.a(x)), a=conv(3, 8), b=nn.ConvTranspose2d(8, 4, 3)), True),
+        (net(lambda m, x: m.b(m.a(x)), a=conv(3, 8), b=nn.ConvTranspose2d(8, 4, 3, groups=2)), False),
+        (net(lambda m, x: m.b(m.a(x)), a=nn.ConvTranspose2d(3, 8, 2, 2, groups=1), b=conv(8, 4)), True),
+        (net(lambda m, x: m.b(m.a(x)[:, :, 1:]), a=conv(3, 8), b=conv(8, 4)), True),
         (net(lambda m, x: m.b(m.a(x.flatten(2)).relu()), a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 4, 1)), True),
     ],
     ids=[
         "softmax_channels", "softmax_rows", "flip", "slice", "pixel_shuffle", "tokens", "linear_over_positions", "channels_fastest",
         "row_scale", "mean_over_channels",
         "constant_per_channel", "square_and_reverse", "spatial_map_of_input", "scalar_per_sample", "spatial_map_of_conv", "parallel_sum",
-        "pad_with_ones", "pad_channels", "circular", "group_norm", "weight_norm", "second_output", "transposed", "conv1d",
+        "pad_with_ones", "pad_channels", "circular", "group_norm", "weight_norm", "second_output",
+        "transposed", "transposed_groups", "transposed_producer", "slice_rows", "conv1d",
     ],
 )  # fmt: skip
 def test_one_operation_between_two_layers(model, gated):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 
 
 def weight_matrix(module: nn.Module, transposed: bool) -> Tensor:
-    """Returns a module's weight as (out_channels, in_channels / groups, ...), without history; `transposed` says that it is (in, out)."""
+    """Returns a module's weight as (out_channels, in_channels / groups, ...), without history; `transposed` says that it is (in, out, ...).
+
+    That of a transposed convolution is divided by its stride: so large a share of the taps meets at an output, on average.
+    """
     weight = module.weight.detach()
-    return weight.T if transposed else weight
+    if not transposed:
+        return weight
+    return weight.transpose(0, 1) / prod(getattr(module, "stride", (1,)))
 
 
 def compensation_matrix(weight: Tensor, means: Tensor, groups: int = 1) -> Tensor:

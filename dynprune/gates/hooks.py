@@ -51,7 +51,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], graph: Graph):
         self.model = model
-        self._roles: dict[str, _Role] = {}
+        self._roles: dict[tuple[str, int | None], _Role] = {}
         self._lock = threading.Lock()
         places = _BranchInputs(graph)
         kept, ungated = [], []
@@ -73,7 +73,7 @@ class Hooks:
         batch = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
         with self._lock:
             try:
-                for path, role in self._roles.items():
+                for (path, _), role in self._roles.items():
                     handles += role.install(self.model.get_submodule(path), visitor, batch)
                 return self.model(*args, **(kwargs or {}))
             finally:
@@ -83,10 +83,10 @@ class Hooks:
     def _assign(self, site: Site, places: _BranchInputs) -> bool:
         if site.kind == "channels":
             first = site.producers[0]
-            self._role(first).gates_by_input.append((site, _channel_dim(self.model.get_submodule(first))))
+            self._role(first, site.calls[0]).gates_by_input.append((site, _channel_dim(self.model.get_submodule(first))))
             for index, consumer in enumerate(site.consumers):
                 reader = self.model.get_submodule(consumer.module_path)
-                self._role(consumer.module_path).consumes.append((site, index, _channel_dim(reader)))
+                self._role(consumer.module_path, consumer.call).consumes.append((site, index, _channel_dim(reader)))
             return True
         path, is_input = places.find(site)
         if path is None:
@@ -97,14 +97,15 @@ class Hooks:
         self._role(site.mask_output).masks_output.append(site)
         return True
 
-    def _role(self, path: str) -> _Role:
-        return self._roles.setdefault(path, _Role())
+    def _role(self, path: str, call: int | None = None) -> _Role:
+        return self._roles.setdefault((path, call), _Role(call))
 
 
 @dataclass
 class _Role:
-    """What one module is to the sites; the fields in the order in which they act."""
+    """What one module, or one call of it, is to the sites; the lists in the order in which they act."""
 
+    call: int | None  # from 0; None for every call
     consumes: list[tuple[Site, int, int]] = field(default_factory=list)  # site, index of the consumer, channel dimension
     gates_by_input: list[tuple[Site, int]] = field(default_factory=list)  # site, channel dimension
     masks_output: list[Site] = field(default_factory=list)
@@ -117,7 +118,13 @@ class _Role:
         shown with the two apart.
         """
 
+        seen_calls = 0
+
         def before(_, args, kwargs):
+            nonlocal seen_calls
+            seen_calls += 1
+            if not self._is_now(seen_calls):
+                return None
             value, put_back = _first_tensor(args, kwargs)
             seen = x = _apart(value, batch)
             for site, index, dim in self.consumes:
@@ -127,6 +134,8 @@ class _Role:
             return None if x is seen else put_back(x.reshape(value.shape))
 
         def after(module, _, result):
+            if not self._is_now(seen_calls):
+                return None
             value = result if isinstance(result, Tensor) else result[0]
             seen = y = _apart(value, batch)
             for site, index, dim in self.consumes:
@@ -141,11 +150,14 @@ class _Role:
             return y if isinstance(result, Tensor) else (y, *result[1:])
 
         handles = []
-        if self.consumes or self.gates_by_input:
+        if self.consumes or self.gates_by_input or self.call is not None:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if self.consumes or self.masks_output or self.gates_by_output:
             handles.append(module.register_forward_hook(after))
         return handles
+
+    def _is_now(self, seen_calls: int) -> bool:
+        return self.call is None or seen_calls == self.call + 1
 
 
 class _BranchInputs:

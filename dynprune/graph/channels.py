@@ -34,9 +34,10 @@ BINARY = frozenset({"add", "sub", "rsub", "mul", "div", "maximum", "minimum"})
 MOVES = frozenset({"permute", "transpose", "flatten", "unflatten", "reshape", "squeeze", "unsqueeze"})
 """Operations that only rename dimensions; they keep a space where they keep its channels whole."""
 PADDING = frozenset({"pad", "constant_pad_nd"})
-PER_CHANNEL = UNARY | POOLING | BINARY | MOVES | PADDING | {"batch_norm", "mean", "pow"}
+PER_CHANNEL = UNARY | POOLING | BINARY | MOVES | PADDING | {"batch_norm", "mean", "pow", "slice"}
 """Every operation that can hand a channel space on; a depthwise conv1d or conv2d does so too."""
-MIXING = frozenset({"conv1d", "conv2d", "linear"})
+TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d"})
+MIXING = frozenset({"conv1d", "conv2d", "linear"}) | TRANSPOSED
 
 _STREAM = "its channels are added to those of another branch; a residual stream stays dense"
 
@@ -100,7 +101,7 @@ class ChannelTrace:
             if layout is not None and layout.repeat == 1 and not layout.is_apart:
                 return layout.dim
             for user in value.users:
-                if user.op in ("conv1d", "conv2d", "batch_norm"):
+                if user.op == "batch_norm" or user.op in MIXING - {"linear"}:
                     return 1
                 if user.op in ("linear", "layer_norm"):
                     return len(node.shape) - 1
@@ -171,6 +172,11 @@ class ChannelTrace:
             if layout is not None and (layout.dim, layout.repeat) == (1, 1):
                 return layout
             self._block(layout, f"depthwise '{node.name}' reads it along another dimension")
+            return None
+        if node.op in TRANSPOSED and (
+            groups > 1 or any(size < s for size, s in zip(node.shape[2:], node.arguments["stride"], strict=True))
+        ):
+            self._block(layout, f"'{node.name}' is transposed and in groups, or makes fewer positions than its stride")
             return None
         if layout is not None:
             if layout.dim == dim and (layout.repeat == 1 or node.op == "linear"):
@@ -292,6 +298,8 @@ class ChannelTrace:
             return layout if plain else None
         if node.op in MOVES:
             return _moved(node, x, layout) or self._split_heads(node, x, layout)
+        if node.op == "slice":
+            return layout if node.arguments["dim"] % len(x.shape) not in (0, layout.dim) else None
         if layout.repeat != 1:
             return None
         if node.op == "batch_norm":

@@ -6,12 +6,13 @@ import difflib
 import fnmatch
 import itertools
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 from dynprune.errors import InputError
 from dynprune.graph.branches import find_branches, is_within
 from dynprune.graph.capture import Graph, Node
-from dynprune.graph.channels import MIXING, PADDING, ChannelTrace
+from dynprune.graph.channels import MIXING, PADDING, TRANSPOSED, ChannelTrace
 from dynprune.graph.macs import count_macs
 
 MIN_MACS_SHARE = 0.002
@@ -25,8 +26,10 @@ class Consumer:
     module_path: str
     node: str
     repeat: int = 1
+    call: int | None = None
+    """Which call of the module it is, from 0; None where it runs once."""
     transposed: bool = False
-    """Whether the module's weight is (in, out), as GPT-2's, rather than (out, in)."""
+    """Whether the module's weight is (in, out, ...), as GPT-2's or a transposed convolution's, rather than (out, in, ...)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Site:
     """A place where a gate can stand.
 
     Attributes:
-        name: "channels": module path of the first producer ("layer2.0.conv1"); "branch": of the module whose branch it is ("layer2.0").
+        name: "channels": module path of the first producer ("layer2.0.conv1"), with its call where it runs several times ("ffn@1");
+            "branch": of the module whose branch it is ("layer2.0").
         kind: "channels" (an inner channel space) or "branch" (F of x + F(x)).
         num_channels: channels of the space; 1 for a branch.
         group_size: channels per group, consecutive; 1 for a branch.
@@ -51,7 +55,8 @@ class Site:
         gate_dim: the dimension of `gate_input` that holds its channels, counted from the front with the batch as 0.
         first_rows: for each of `producers`, the output rows that are channel 0; channel c owns row c after each of them. A fused layer of
             queries, keys and values has three. Empty for a branch.
-        transposed: for each of `producers`, whether its weight is (in, out) rather than (out, in). Empty for a branch.
+        transposed: for each of `producers`, whether its weight is (in, out, ...) rather than (out, in, ...). Empty for a branch.
+        calls: for each of `producers`, which call of the module it is, as in `Consumer`. Empty for a branch.
         is_heads: whether a group is an attention head: `group_size` is then the features of one, whatever was asked for.
     """
 
@@ -71,12 +76,18 @@ class Site:
     gate_dim: int = 1
     first_rows: tuple[tuple[int, ...], ...] = ()
     transposed: tuple[bool, ...] = ()
+    calls: tuple[int | None, ...] = ()
     is_heads: bool = False
 
     @property
     def num_groups(self) -> int:
         """How many groups the gate decides on."""
         return self.num_channels // self.group_size
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether one of its layers runs several times in a call of the model, so that other sites share its weight."""
+        return any(call is not None for call in (*self.calls, *(consumer.call for consumer in self.consumers)))
 
 
 @dataclass(frozen=True)
@@ -146,13 +157,13 @@ def find_sites(graph: Graph, *, include: tuple[str, ...] = ("*",), exclude: tupl
 
 
 def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], group_size: int) -> tuple[list[Site], list[Ungated]]:
-    sites, ungated = [], []
+    sites, ungated, calls = [], [], _module_calls(graph)
     for space in trace.spaces:
         readers = [node for node, _ in space.consumers]
         reason = next(
             itertools.chain(
                 space.blocked,
-                filter(None, (_module_problem(node, graph) for node in (*space.producers, *readers))),
+                filter(None, (_module_problem(node, calls) for node in (*space.producers, *readers))),
                 [] if readers else ["no conv or linear reads it"],
             ),
             None,
@@ -165,12 +176,14 @@ def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], grou
         gone = sum(macs.get(node.name, 0) for node in {*space.members, *readers})
         sites.append(
             Site(
-                name=first.module_path,
+                name=first.module_path if calls[first] is None else f"{first.module_path}@{calls[first]}",
                 kind="channels",
                 num_channels=space.size,
                 group_size=group_size if space.head_size == 1 else space.head_size,
                 producers=tuple(node.module_path for node in space.producers),
-                consumers=tuple(Consumer(node.module_path, node.name, repeat, _is_transposed(node)) for node, repeat in space.consumers),
+                consumers=tuple(
+                    Consumer(node.module_path, node.name, repeat, calls[node], _is_transposed(node)) for node, repeat in space.consumers
+                ),
                 macs=gone,
                 macs_share=_share(gone, macs),
                 gate_input=gate_input.name,
@@ -179,6 +192,7 @@ def _channel_sites(graph: Graph, trace: ChannelTrace, macs: dict[str, int], grou
                 gate_dim=gate_dim,
                 first_rows=tuple(space.first_rows[node] for node in space.producers),
                 transposed=tuple(map(_is_transposed, space.producers)),
+                calls=tuple(calls[node] for node in space.producers),
                 is_heads=space.head_size > 1,
             )
         )
@@ -198,18 +212,38 @@ def _gate_input(first: Node) -> tuple[Node, int]:
 
 
 def _is_transposed(node: Node) -> bool:
-    return node.arguments["weight"].op == "t"
+    return node.arguments["weight"].op == "t" or node.op in TRANSPOSED
 
 
-def _module_problem(node: Node, graph: Graph) -> str | None:
+def _weight(node: Node) -> Node:
+    """Returns the parameter that is the weight of a conv or linear."""
+    weight = node.arguments["weight"]
+    return weight.args[0] if weight.op == "t" else weight
+
+
+def _module_calls(graph: Graph) -> dict[Node, int | None]:
+    """Returns which call of its module each conv or linear is, None where that runs once; without those that are not one per call."""
+    runs: defaultdict[str, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op in MIXING:
+            runs[node.module_path].append(node)
+    calls: dict[Node, int | None] = {}
+    for path, nodes in runs.items():
+        weights = {_weight(node) for node in nodes}
+        readers = {reader for weight in weights for user in weight.users for reader in (user.users if user.op == "t" else [user])}
+        if len(weights) == 1 and readers == set(nodes) and graph.call_counts.get(path) == len(nodes):
+            calls |= {node: i if len(nodes) > 1 else None for i, node in enumerate(nodes)}
+    return calls
+
+
+def _module_problem(node: Node, calls: dict[Node, int | None]) -> str | None:
     """Returns why a module of the user cannot stand for this conv or linear; None if one can."""
     path, a = node.module_path, node.arguments
     name = repr(path or node.name)
-    weight = a["weight"].args[0] if _is_transposed(node) else a["weight"]
-    if weight.parameter_name != f"{path}.weight" or (a["bias"] is not None and a["bias"].op != "constant"):
+    if _weight(node).parameter_name != f"{path}.weight" or (a["bias"] is not None and a["bias"].op != "constant"):
         return f"{name} is a functional {node.op}, not a module with a weight of its own"
-    if len(weight.users) > 1 or graph.call_counts.get(path) != 1:
-        return f"{name} runs more than once in a call, or shares its weight"
+    if node not in calls:
+        return f"{name} shares its weight with another module, or does not run at every call of its own"
     source = a["input"].args[0] if a["input"].op in PADDING else a["input"]
     if any(is_within(other.module_path, path) for other in (source, *node.users)):
         return f"{name} does more than its {node.op}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynprune.control.checks import check_level
 from dynprune.errors import CalibrationError, InputError
-from dynprune.gates.compensation import compensation_matrix
+from dynprune.gates.compensation import compensation_matrix, weight_matrix
 from dynprune.graph.sites import Site
 from dynprune.pruning.evidence import evaluated
 from dynprune.pruning.recipe import Recipe, add_bias_
@@ -53,7 +53,9 @@ def freeze(dm: DynamicModel, level: float, *, inputs: Iterable[Any] | None = Non
     residuals = {residual.nodes: residual for residual in find_residuals(graph, anatomy.macs)[0]}
     places: dict[str, Place] = {}
     for name, frequency in frequencies.items():
-        if sites[name].kind == "channels":
+        if sites[name].is_repeated:
+            warnings.warn(f"freeze leaves {name!r} whole: its layers run several times in a call.", RuntimeWarning, stacklevel=3)
+        elif sites[name].kind == "channels":
             places[name] = _classes_of(sites[name], frequency, min_frequency, anatomy), []
         elif not (frequency >= min_frequency).any():
             residual = residuals.get(sites[name].nodes)
@@ -67,7 +69,7 @@ def freeze(dm: DynamicModel, level: float, *, inputs: Iterable[Any] | None = Non
     recipe = make_recipe(anatomy, removed, gone, dm.model)
     frozen = cut(dm.model, recipe)
     for name in frequencies:
-        if sites[name].kind == "channels":
+        if sites[name].kind == "channels" and not sites[name].is_repeated:
             _fold_means(dm, sites[name], anatomy, removed, frozen, recipe)
     return frozen
 
@@ -140,8 +142,8 @@ def _fold_means(dm: DynamicModel, site: Site, anatomy: Anatomy, removed: set[int
             continue
         target = frozen.get_submodule(consumer.module_path)
         means = gate.channel_means[index].to(module.weight.device).double() * inactive.to(module.weight.device)
-        weight = module.weight.detach().double()
-        added = compensation_matrix(weight.t() if consumer.transposed else weight, means, getattr(module, "groups", 1)).sum(1)
+        weight = weight_matrix(module, consumer.transposed).double()
+        added = compensation_matrix(weight, means, getattr(module, "groups", 1)).sum(1)
         rows = recipe.kept.get(f"{consumer.module_path}.weight", {}).get(int(consumer.transposed))
         add_bias_(target)
         with torch.no_grad():

@@ -202,6 +202,8 @@ def fit_sizes_(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, _ConvTransposeNd):
+        if module.groups > 1 and weight.shape[1] == 1:
+            module.groups = weight.shape[0]
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, _ConvNd):
         if module.groups > 1 and weight.shape[1] == 1:

@@ -239,7 +239,17 @@ def _grouped(trace: Trace, node: Node, channels: np.ndarray, groups: int) -> np.
 
 @_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _conv_transpose(trace: Trace, node: Node) -> Any:
-    return _mix(trace, node, 1, 1, (1, 0)) if node.arguments["groups"] == 1 else NotImplemented
+    a = node.arguments
+    weight = a["weight"]
+    if a["groups"] == 1:
+        return _mix(trace, node, 1, 1, (1, 0))
+    channels = trace.channels(a["input"], 1, f"'{node.name}' mixes it along another dimension")
+    if channels is None or weight.shape[1] != 1 or weight.shape[0] != a["groups"]:
+        return NotImplemented
+    trace.own(weight, 0, channels)
+    trace.own(a["bias"], 0, channels)
+    trace.shares[node.name] = channels
+    return trace.spread(node, 1, channels)
 
 
 def _mix(trace: Trace, node: Node, out_dim: int, in_dim: int, weight_dims: tuple[int, int]) -> Any:

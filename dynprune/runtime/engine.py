@@ -295,7 +295,10 @@ class Engine:
 
     def _set_gates(self, sites: Mapping[str, Site], gates: Mapping[str, Gate], costs: CostTable | None) -> None:
         gate_step = {step.ints["site"][0]: i for i, step in enumerate(self.plan.steps) if step.op == "gate"}
-        step_of_node = {node: i for i, step in enumerate(self.plan.steps) for node in step.nodes}
+        steps_of_node: defaultdict[str, list[int]] = defaultdict(list)
+        for i, step in enumerate(self.plan.steps):
+            for node in step.nodes:
+                steps_of_node[node].append(i)
         for number, plan_site in enumerate(self.plan.sites):
             site, gate = sites[plan_site.name], gates[plan_site.name]
             curve = _array(gate.curve)
@@ -305,17 +308,23 @@ class Engine:
             down, up = (_array(gate.down), _array(gate.up)) if gate.calibrated or gate.down.any() else _no_input(gate)
             self._compiled.set_gate(number, down, up, _array(gate.bias), curve, rest_ms)
             for index, consumer in enumerate(site.consumers):
-                if not gate.compensated[index] or consumer.node not in step_of_node:
-                    continue
-                step = step_of_node[consumer.node]
-                means = gate.channel_means[index].detach().cpu()
-                if self.plan.steps[step].op == "linear":
-                    self._compiled.set_compensation(step, _array(means[None]))
-                    continue
-                weight = torch.from_numpy(self.plan.steps[step].constants["weight"])
-                groups = self.plan.steps[step].ints.get("groups", [1])[0]
-                matrix = compensation_matrix(weight.view(weight.shape[0], -1), means, groups)
-                self._compiled.set_compensation(step, _array(matrix))
+                if gate.compensated[index]:
+                    self._compensate(
+                        [step for step in steps_of_node[consumer.node] if self.plan.steps[step].in_site == number], gate, index
+                    )
+
+    def _compensate(self, steps: Sequence[int], gate: Gate, index: int) -> None:
+        """Makes the steps of a consumer add what skipped channels would at their means; a transposed one is several steps."""
+        means, matrices = gate.channel_means[index].detach().cpu(), []
+        for step in steps:
+            if self.plan.steps[step].op == "linear":
+                matrices.append(means[None])
+                continue
+            weight = torch.from_numpy(self.plan.steps[step].constants["weight"])
+            groups = self.plan.steps[step].ints.get("groups", [1])[0]
+            matrices.append(compensation_matrix(weight.view(weight.shape[0], -1), means, groups))
+        for step in steps:
+            self._compiled.set_compensation(step, _array(sum(matrices) / len(steps)))
 
 
 def _check_numbers(x: Tensor, entries: int) -> None:

@@ -70,7 +70,7 @@ class Islands:
         self._sites: defaultdict[str, dict[str, Site]] = defaultdict(dict)
         for site in sites:
             path = _home(site)
-            if path and path in graph.tensor_modules and graph.call_counts.get(path) == 1 and not site.is_heads:
+            if path and path in graph.tensor_modules and graph.call_counts.get(path) == 1 and not (site.is_heads or site.is_repeated):
                 self._sites[path][site.name.removeprefix(f"{path}.")] = site
         self.by_token = any(self._has_curves(known) for known in self._sites.values())
         for path, known in self._sites.items():

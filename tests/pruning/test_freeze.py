@@ -16,7 +16,7 @@ X = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 LEVEL = 1.0
 
 
-@pytest.fixture(scope="module", params=["basic", "mbconv_se", "grouped"])
+@pytest.fixture(scope="module", params=["basic", "mbconv_se", "grouped", "generator", "causal"])
 def calibrated(request) -> DynamicModel:
     dm = DynamicModel(build(request.param), X[:1]).eval()
     calibrate(dm, X.split(8), levels=3)
@@ -63,6 +63,14 @@ def test_heads_and_neurons_are_frozen():
     with torch.no_grad():
         want = dm.run_with_active(x[:4], active={name: [chosen] * 4 for name, chosen in kept.items()})
         assert_close(frozen(x[:4]), want, factor=10)
+
+
+def test_layers_that_run_again_stay_whole():
+    x = torch.randn(24, 7, 16)
+    dm = DynamicModel(build("layers_again"), x[:1]).eval()
+    calibrate(dm, x.split(8), levels=3)
+    with pytest.warns(RuntimeWarning, match="run several times"), torch.no_grad():
+        assert_close(dm.freeze(LEVEL, min_frequency=1.0)(x), dm.model(x), factor=10)
 
 
 def convs(model: nn.Module) -> list[nn.Conv2d]:

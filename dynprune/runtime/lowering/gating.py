@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 
 from dynprune.graph.capture import Node
+from dynprune.graph.channels import MIXING
 from dynprune.graph.sites import Site
 from dynprune.runtime import views
 from dynprune.runtime.lowering.draft import Draft
@@ -15,7 +16,7 @@ from dynprune.runtime.lowering.values import DraftStep, NotOnEngine, PaddedValue
 from dynprune.runtime.plan import Rows
 
 _CHANNELS_LAST = frozenset({"linear", "layer_norm"})
-_CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "batch_norm", "group_norm", "instance_norm"})
+_CHANNELS_FIRST = (MIXING - {"linear"}) | {"batch_norm", "group_norm", "instance_norm"}
 
 
 class Gates:

@@ -11,7 +11,7 @@ the whole input with every s-th tap, reversed. Nothing is multiplied by inserted
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def _phase_conv(
     in_plane = list(plane)
     if any(n for axis in cut for n in axis):
         borders = cut if len(x.view.sizes) == 3 else cut[1:]
-        x = draft.pad(node, x, [(0, 0), *borders], 0.0)
+        x = replace(draft.pad(node, x, [(0, 0), *borders], 0.0), site=x.site)
         in_plane = [n + before + after for n, (before, after) in zip(plane, cut, strict=True)]
         rows = views.as_rows(x.view, 0)
     before, after = ([max(0, n) for n in (phase[0].before, phase[1].before)], [max(0, n) for n in (phase[0].after, phase[1].after)])
