@@ -3,25 +3,20 @@
 
 #include <pybind11/pybind11.h>
 
-#if defined(__GLIBCXX__)
-#include <cxxabi.h>
-#include <unistd.h>
-#endif
+#include <chrono>
+#include <thread>
 
 namespace dynprune {
 
-// Where the interpreter ends meanwhile, Python before 3.14 ends a thread that asks for the GIL by unwinding its stack. Destructors on
-// the way may not be left like that, and would touch Python objects without the GIL: such a thread stays here until the process is gone.
+// Where the interpreter ends meanwhile, Python before 3.14 ends a thread that asks for the GIL by unwinding its stack; nothing else comes
+// out of this call. Destructors on the way may not be left like that, and would touch Python objects without the GIL: such a thread stays
+// here until the process is gone.
 inline void take_gil_back(PyThreadState* thread) {
-#if defined(__GLIBCXX__)
   try {
     PyEval_RestoreThread(thread);
-  } catch (const abi::__forced_unwind&) {
-    for (;;) ::pause();
+  } catch (...) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   }
-#else
-  PyEval_RestoreThread(thread);
-#endif
 }
 
 // Not py::gil_scoped_release, which takes the GIL back in a destructor.
