@@ -107,7 +107,10 @@ def test_predicted_time_is_that_of_what_ran(wide) -> None:
     others = [step for step in plan.steps if step.op != "gate" and "for_gates" not in step.ints]
     assert len(others) < steps and whole.predicted_ms == pytest.approx(3 * 11.0 * len(others))
     _, guarded = engine.run([wide_input(1)], deadline_ns=2**62)
-    assert guarded.predicted_ms == pytest.approx(11.0 * steps), "a deadline may raise the level, so the gates must be ready"
+    gates_alone = sum(step.op == "gate" for step in plan.steps)
+    assert guarded.predicted_ms == pytest.approx(11.0 * (len(others) + gates_alone)), "gates look at the clock; their inputs are not needed"
+    _, gated = engine.run([wide_input(1)], level=1e-6)
+    assert gated.predicted_ms > 11.0 * (len(others) + gates_alone)
     off = {site.name: [[]] for site in sites.values()}
     _, nothing = engine.run([wide_input(1)], active=off)
     branches = {i for i, site in enumerate(plan.sites) if site.kind == "branch"}

@@ -374,6 +374,31 @@ def test_the_guard_skips_branches_last() -> None:
     assert not late.counts[branches].any(), "nothing else can"
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_run_that_the_guard_raises_from_level_0_computes_what_its_lists_say(num_threads: int) -> None:
+    """The means that gates read do not run before the guard acts; then they do, and all is whole again in the next run."""
+    dm, x = DynamicModel(wide_model(), wide_input()), wide_input()
+    give_costs(dm, ms_per_step=1e6)
+    for site in dm.sites:
+        gate = dm.gate(site.name)
+        gate.down.copy_(torch.randn_like(gate.down))
+        gate.up.copy_(torch.randn_like(gate.up))
+        gate.curve.copy_(torch.linspace(-1.0, 1.0, len(gate.curve)))
+    dm.refresh()
+    engine, whole = dm.engine_for(x), dm.model(x)
+    for share in (0.0, 0.5, 0.9):
+        due_ns = time.monotonic_ns() + int(1e12 * len(dm.plan.steps) * share)
+        (raised,), execution = engine.run([x], deadline_ns=due_ns, num_threads=num_threads)
+        assert execution.guard_actions >= 1 and 0 < execution.counts.sum() < sum(site.num_channels for site in dm.plan.sites)
+        workspace = engine._acquire(1)
+        lists = {site.name: [workspace.active(i, 0)] for i, site in enumerate(dm.plan.sites)}
+        engine._compiled.release(workspace)
+        (want,), _ = engine.run([x], active=lists, num_threads=num_threads)
+        assert torch.equal(raised, want)
+        (again,), calm = engine.run([x], deadline_ns=2**62, num_threads=num_threads)
+        assert torch.allclose(again, whole, atol=1e-4) and calm.guard_actions == 0
+
+
 def test_a_deadline_without_costs_is_not_watched() -> None:
     dm = DynamicModel(wide_model(), wide_input())
     dm(wide_input(), deadline=time.monotonic() - 1)

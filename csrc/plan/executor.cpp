@@ -125,7 +125,7 @@ void Workspace::work(int slot) {
     if (cursor >> kStepBits != epoch || step >= last) return;
     const Op& op = *plan_->op(step);
     const int64_t chunks = op.chunks_per_sample() * batch_;
-    if (chunks == 0 || (!op.hands_over() && !runs_somewhere(step))) {
+    if (passes(step)) {
       advance(cursor);
       continue;
     }
@@ -198,9 +198,24 @@ bool Workspace::try_chunk(const Op& op, int64_t step, int64_t chunk, uint64_t ex
   return true;
 }
 
+// Whether no thread has anything to do at a step, whichever looks and whenever.
+bool Workspace::passes(int64_t step) const {
+  const Op& op = *plan_->op(step);
+  return op.chunks_per_sample() == 0 || (!op.hands_over() && !runs_somewhere(step));
+}
+
+// Moves the run to the next step at which there is something to do: threads need not meet at the others. Whether an operation is idle may
+// change with the time, so that is asked here only: once the run has come to a step, all threads take it as one that runs.
 void Workspace::advance(uint64_t cursor) {
-  const int64_t now = profiling_ ? now_ns() : 0;
-  if (!cursor_.compare_exchange_strong(cursor, cursor + 1, std::memory_order_acq_rel) || !profiling_) return;
+  if (!profiling_) {
+    const int64_t last = last_.load(std::memory_order_relaxed);
+    uint64_t next = cursor + 1;
+    for (auto step = static_cast<int64_t>(next & kStepMask); step < last && (passes(step) || plan_->op(step)->is_idle(view_)); ++step) ++next;
+    cursor_.compare_exchange_strong(cursor, next, std::memory_order_acq_rel);
+    return;
+  }
+  const int64_t now = now_ns();
+  if (!cursor_.compare_exchange_strong(cursor, cursor + 1, std::memory_order_acq_rel)) return;
   step_ns_[cursor & kStepMask] = now - step_began_ns_.exchange(now, std::memory_order_relaxed);
 }
 

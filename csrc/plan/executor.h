@@ -63,6 +63,7 @@ class Workspace final : public Job, public std::enable_shared_from_this<Workspac
   bool runs_somewhere(int64_t step) const;
   void run_alone(int64_t first, int64_t last, float* scratch);
   bool try_chunk(const Op& op, int64_t step, int64_t chunk, uint64_t expected, uint64_t epoch, float* scratch);
+  bool passes(int64_t step) const;
   void advance(uint64_t cursor);
   void overtake(const Op& op, int64_t step, int64_t chunks, uint64_t epoch, float* scratch);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 #include "base/spin.h"
@@ -13,6 +14,13 @@ namespace {
 
 // No difference of a time of the clock and an earlier or later one than this leaves 64 bits.
 constexpr int64_t kFarNs = int64_t{1} << 61;
+
+// No step has such a number.
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+// A gate's scratch: level, level needed for the deadline, count; then the groups (int32), then scores and the hidden vector.
+enum Scratch { kLevel, kNeededLevel, kCount, kGroups = 16 };
+constexpr int32_t kStaysWhole = -1;
 
 }  // namespace
 
@@ -37,18 +45,16 @@ GateState::GateState(const std::vector<SiteSpec>& sites, int64_t batch) : sites_
 }
 
 void GateState::begin(float level, int64_t deadline_ns, float slowdown) {
+  if (gates_from_.load(std::memory_order_relaxed) != kNever) all_whole_ = false;
   given_ = false;
   start_level_ = level;
   level_.store(level, std::memory_order_relaxed);
+  needed_level_.store(level, std::memory_order_relaxed);
   deadline_ns_ = std::max(deadline_ns, -kFarNs);
   slowdown_ = slowdown;
   guard_actions_.store(0, std::memory_order_relaxed);
-  gates_run_ = level > 0.0f || deadline_ns != 0;
-  if (gates_run_) {
-    all_whole_ = false;
-  } else {
-    publish_all();
-  }
+  gates_from_.store(level > 0.0f ? 0 : kNever, std::memory_order_relaxed);
+  if (level == 0.0f) publish_all();
 }
 
 void GateState::begin_given() {
@@ -88,8 +94,8 @@ void GateState::publish(int64_t site, int64_t sample, const int32_t* groups, int
   list.count = count * spec.group_size;
 }
 
-GateOp::GateOp(StepSpec spec, const KernelTable& kernels, const std::vector<SiteSpec>& sites)
-    : Op(std::move(spec)), kernels_(kernels) {
+GateOp::GateOp(StepSpec spec, const KernelTable& kernels, const std::vector<SiteSpec>& sites, int64_t number, int64_t first_input)
+    : Op(std::move(spec)), kernels_(kernels), number_(number), first_input_(first_input) {
   const SpecReader reader(spec_);
   site_ = reader.integer("site");
   reader.check(site_ >= 0 && site_ < static_cast<int64_t>(sites.size()), "unknown site " + std::to_string(site_));
@@ -118,7 +124,7 @@ void GateOp::set_parameters(GateParameters parameters) {
   parameters_ = std::move(parameters);
 }
 
-int64_t GateOp::scratch_floats() const { return 2 * site_spec_.num_groups() + parameters_.rank + 64; }
+int64_t GateOp::scratch_floats() const { return kGroups + 2 * site_spec_.num_groups() + parameters_.rank + 48; }
 
 float GateOp::threshold(float level) const {
   const std::vector<float>& curve = parameters_.curve;
@@ -128,36 +134,38 @@ float GateOp::threshold(float level) const {
   return curve[low] + share * (curve[low + 1] - curve[low]);
 }
 
-// The run's level, or the lowest stored one above it at which the rest of the model still meets the deadline. Branches are skipped
-// last: one is decided at the level that the run began with, as long as channels left out later can still meet the deadline.
-float GateOp::guarded_level(const GateState& state) const {
+// The lowest stored level from the run's on at which the rest of the model still meets the deadline.
+float GateOp::needed_level(const GateState& state) const {
   const float level = state.level();
-  if (state.deadline_ns_ == 0 || parameters_.rest_ns.empty()) return level;
   const auto left = static_cast<float>(state.deadline_ns_ - now_ns());
   const size_t last = parameters_.rest_ns.size() - 1;
   for (auto i = static_cast<size_t>(level * static_cast<float>(last)); i <= last; ++i) {
-    if (parameters_.rest_ns[i] * state.slowdown_ > left) continue;
-    if (site_spec_.is_branch && i < last) return state.start_level_;
-    return std::max(level, static_cast<float>(i) / static_cast<float>(last));
+    if (parameters_.rest_ns[i] * state.slowdown_ <= left) return std::max(level, static_cast<float>(i) / static_cast<float>(last));
   }
   return 1.0f;
 }
 
-// Scratch: level, count, then the groups (int32), then scores and the hidden vector.
+bool GateOp::is_idle(const RunView& run) const {
+  const GateState& state = *run.gates;
+  return looks_ && state.watched() && !state.gates_run(number_) && needed_level(state) == 0.0f;
+}
+
+// Branches are skipped last: one is decided at the level that the run began with, as long as channels left out later can still meet the
+// deadline.
 void GateOp::compute(const RunView& run, int64_t sample, int64_t /*part*/, float* scratch) const {
   const GateState& state = *run.gates;
-  auto* count = reinterpret_cast<int32_t*>(scratch + 1);
-  auto* groups = reinterpret_cast<int32_t*>(scratch + 16);
-  const int64_t num_groups = site_spec_.num_groups();
   if (state.given_) return;
-  const float level = guarded_level(state);
-  scratch[0] = level;
-  if (level == 0.0f) {
-    for (int64_t g = 0; g < num_groups; ++g) groups[g] = static_cast<int32_t>(g);
-    *count = static_cast<int32_t>(num_groups);
-    return;
-  }
-  float* scores = scratch + 16 + num_groups;
+  auto* count = reinterpret_cast<int32_t*>(scratch + kCount);
+  auto* groups = reinterpret_cast<int32_t*>(scratch + kGroups);
+  const int64_t num_groups = site_spec_.num_groups();
+  const bool looks = looks_ && state.watched();
+  const float needed = looks ? needed_level(state) : state.needed_level_.load(std::memory_order_relaxed);
+  const float level = site_spec_.is_branch && needed < 1.0f ? state.start_level_ : std::max(state.level(), needed);
+  scratch[kNeededLevel] = needed;
+  scratch[kLevel] = level;
+  *count = kStaysWhole;
+  if (level == 0.0f || !state.gates_run(first_input_)) return;  // such a run began at level 0, so the list is whole
+  float* scores = scratch + kGroups + num_groups;
   const float* bias = parameters_.bias.data();
   if (by_magnitude_) {
     const float* x = run.row(spec_.inputs[0], sample, 0);
@@ -182,10 +190,13 @@ void GateOp::compute(const RunView& run, int64_t sample, int64_t /*part*/, float
 void GateOp::commit(const RunView& run, int64_t sample, int64_t /*part*/, float* scratch) const {
   GateState& state = *run.gates;
   if (state.given_) return;
-  const auto count = *reinterpret_cast<const int32_t*>(scratch + 1);
-  state.publish(site_, sample, reinterpret_cast<const int32_t*>(scratch + 16), count);
-  if (scratch[0] > state.level()) {
-    state.level_.store(scratch[0], std::memory_order_relaxed);
+  const auto count = *reinterpret_cast<const int32_t*>(scratch + kCount);
+  if (count != kStaysWhole) state.publish(site_, sample, reinterpret_cast<const int32_t*>(scratch + kGroups), count);
+  const float needed = scratch[kNeededLevel];
+  if (looks_) state.needed_level_.store(needed, std::memory_order_relaxed);
+  if (needed > 0.0f && !state.gates_run(number_ + 1)) state.gates_from_.store(number_ + 1, std::memory_order_relaxed);
+  if (scratch[kLevel] > state.level()) {
+    state.level_.store(scratch[kLevel], std::memory_order_relaxed);
     state.guard_actions_.fetch_add(1, std::memory_order_relaxed);
   }
 }

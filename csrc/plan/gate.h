@@ -43,9 +43,11 @@ class GateState {
   void begin_given();
   void give(int64_t site, int64_t sample, const int32_t* groups, int64_t count);
 
-  // Whether this inference needs its gates, and what only they read: not with given lists, nor at level 0 where no deadline can raise it.
-  // The same for all threads and for the whole inference.
-  bool gates_run() const { return gates_run_ || always_run_; }
+  // Whether gates, and what only they read, run at this step: not with given lists, and at level 0 not until a gate that looks at the
+  // clock has found the deadline in danger; then from the next step on. So the answer for a step is fixed before the run comes to it.
+  bool gates_run(int64_t step) const { return always_run_ || step >= gates_from_.load(std::memory_order_relaxed); }
+  // Whether the gates that look at the clock run in any case.
+  bool watched() const { return deadline_ns_ != 0; }
   // Makes the gates run even where they have nothing to decide, so that they can be timed.
   void set_always_run(bool on) { always_run_ = on; }
 
@@ -67,7 +69,6 @@ class GateState {
   AlignedBuffer<int32_t> index_;            // storage of all lists; always holds valid channels
   AlignedBuffer<float> inactive_;
   bool given_ = false;
-  bool gates_run_ = false;
   bool always_run_ = false;
   bool all_whole_ = true;  // every list has all channels
   std::atomic<float> level_{0.0f};
@@ -75,27 +76,41 @@ class GateState {
   int64_t deadline_ns_ = 0;
   float slowdown_ = 1.0f;
   std::atomic<int64_t> guard_actions_{0};
+  std::atomic<int64_t> gates_from_{0};
+  std::atomic<float> needed_level_{0.0f};  // for the deadline, by the last look at the clock
 };
 
 class GateOp final : public Op {
  public:
-  GateOp(StepSpec spec, const KernelTable& kernels, const std::vector<SiteSpec>& sites);
+  // `number` is the step's, `first_input` that of the first step that runs for this gate alone, or its own where there is none.
+  GateOp(StepSpec spec, const KernelTable& kernels, const std::vector<SiteSpec>& sites, int64_t number, int64_t first_input);
   void set_parameters(GateParameters parameters);
   int64_t site() const { return site_; }
+  // Whether it has predictions to compare the clock with, and the time in nanoseconds from here to the end of the model at level 0.
+  bool is_watching() const { return !parameters_.rest_ns.empty(); }
+  float rest_ns() const { return parameters_.rest_ns[0]; }
+  // Whether this gate looks at the clock; the others go by what the one before them found.
+  void set_looks(bool looks) { looks_ = looks; }
+  bool looks() const { return looks_; }
 
   int64_t chunks_per_sample() const override { return 1; }
+  // Of a gate that runs only to look at the clock: whether it would find nothing to do.
+  bool is_idle(const RunView& run) const override;
   int64_t scratch_floats() const override;
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override;
   void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override;
 
  private:
-  float guarded_level(const GateState& state) const;
+  float needed_level(const GateState& state) const;
   float threshold(float level) const;
 
   const KernelTable& kernels_;
   int64_t site_;
   SiteSpec site_spec_;
   bool by_magnitude_;
+  int64_t number_;
+  int64_t first_input_;
+  bool looks_ = false;
   GateParameters parameters_;
 };
 

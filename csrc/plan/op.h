@@ -87,6 +87,8 @@ class Op {
   virtual void skip(const RunView& /*run*/, int64_t /*sample*/, int64_t /*part*/) const {}
   // Whether `skip` writes anything; a step that does not is passed over as a whole when no sample needs it.
   virtual bool hands_over() const { return false; }
+  // Whether the step, though it runs, would change nothing at this moment. Asked of the next step by the one thread that ends a step.
+  virtual bool is_idle(const RunView& /*run*/) const { return false; }
 
  protected:
   StepSpec spec_;

@@ -1,6 +1,7 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 #include "plan/ops.h"
@@ -80,8 +81,37 @@ int64_t Plan::num_fused(int64_t step) const {
   return value[0];
 }
 
+// The first of the steps that a step reads from and that run for gates alone, or itself.
+int64_t Plan::first_step_for(int64_t step) const {
+  for (int64_t i = step - 1; i >= 0; --i) {
+    const StepSpec& before = spec_.steps[i];
+    if (!for_gates_[i] || before.op == "gate" || before.inputs.empty()) continue;
+    if (before.output.buffer == spec_.steps[step].inputs[0].buffer) return first_step_for(i);
+  }
+  return step;
+}
+
+// A gate looks at the clock where the predicted rest has shrunk by a 64th since the last one that does: not right after another.
+void Plan::choose_looks() {
+  constexpr float kLookAgain = 1.0f - 1.0f / 64;
+  float looked_rest_ns = std::numeric_limits<float>::infinity();
+  looks_.assign(ops_.size(), 0);
+  for (size_t step = 0; step < ops_.size(); ++step) {
+    auto* gate = dynamic_cast<GateOp*>(ops_[step].get());
+    if (gate == nullptr) continue;
+    gate->set_looks(gate->is_watching() && gate->rest_ns() <= kLookAgain * looked_rest_ns);
+    if (!gate->looks()) continue;
+    looks_[step] = 1;
+    looked_rest_ns = gate->rest_ns();
+  }
+}
+
 void Plan::make_ops(int num_threads) {
   const auto num_steps = static_cast<int64_t>(spec_.steps.size());
+  std::vector<int64_t> first_for(num_steps);
+  for (int64_t i = 0; i < num_steps; ++i) {
+    if (spec_.steps[i].op == "gate" && !spec_.steps[i].inputs.empty()) first_for[i] = first_step_for(i);
+  }
   std::vector<std::unique_ptr<Op>> fused(num_steps);
   for (int64_t last = 0; last < num_steps; ++last) {
     const int64_t first = last - num_fused(last);
@@ -100,7 +130,7 @@ void Plan::make_ops(int num_threads) {
     } else if (step.op == "torch") {
       ops_.push_back(nullptr);
     } else if (step.op == "gate") {
-      auto gate = std::make_unique<GateOp>(std::move(step), kernels_, spec_.sites);
+      auto gate = std::make_unique<GateOp>(std::move(step), kernels_, spec_.sites, i, first_for[i]);
       gate_of_site_[gate->site()] = gate.get();
       ops_.push_back(std::move(gate));
     } else {
@@ -180,6 +210,7 @@ void Plan::set_gate(int64_t site, GateParameters parameters) {
   }
   gate_of_site_[site]->set_parameters(std::move(parameters));
   scratch_floats_ = std::max(scratch_floats_, gate_of_site_[site]->scratch_floats());
+  choose_looks();
 }
 
 std::vector<int64_t> Plan::compensation_sizes(int64_t step) const {

@@ -57,7 +57,7 @@ class Plan {
   const KernelTable& kernels() const { return kernels_; }
 
   bool runs(int64_t step, const GateState& gates, int64_t sample) const {
-    if (for_gates_[step] && !gates.gates_run()) return false;
+    if (for_gates_[step] && !gates.gates_run(step) && !(looks_[step] && gates.watched())) return false;
     for (const int32_t branch : branches_[step]) {
       if (gates.list(branch, sample).count == 0) return false;
     }
@@ -69,6 +69,8 @@ class Plan {
 
  private:
   int64_t num_fused(int64_t step) const;
+  int64_t first_step_for(int64_t step) const;
+  void choose_looks();
   void make_ops(int num_threads);
   double work_share(int64_t step, const GateState& gates, int64_t sample) const;
   void check_sizes(const StepSpec& step) const;
@@ -81,6 +83,7 @@ class Plan {
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::vector<int32_t>> branches_;
   std::vector<char> for_gates_;  // the step is a gate, or only gates read what it writes
+  std::vector<char> looks_;      // the step is a gate that looks at the clock
   struct StepSites {
     int32_t in, out;
   };
