@@ -77,6 +77,18 @@ def test_a_budget_that_two_threads_keep_leaves_them():
     assert set(serve(controller, 200, 1, True, 60.0)[0]) == {2}
 
 
+def test_where_nothing_fits_the_faster_number_of_threads_runs():
+    """Beside three neighbours two threads take 2.5 times as long at a fair share of the cores, and one thread twice as long."""
+    sample = ResourceSample(cpu_fraction=1.0, own_cpu_fraction=0.0, per_cpu_fraction=(1.0, 1.0))
+    for one_ms, threads in ((30.0, 2), (9.0, 1)):
+        points = tuple(OperatingPoint(level, TWO_MS, TWO_MS - level, level / 2, 1 - level) for level in (0.0, 1.0))
+        either = Frontier(points, "here", 2, ((1, (one_ms, one_ms - 1)),))
+        controller = LatencyController(either, budget_ms=1.0, num_threads=2, cores=2)
+        controller.next_level(sample)
+        assert not controller.reachable
+        assert controller.threads == threads
+
+
 def test_fewer_threads_than_measured():
     controller = LatencyController(frontier(), budget_ms=14.0, num_threads=1, cores=2)
     assert controller.threads == 1

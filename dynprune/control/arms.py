@@ -10,6 +10,8 @@ from dynprune.control.slowdown import SlowdownEstimator
 
 GRID = 64
 """Levels are multiples of 1/64, so that small changes of the estimate leave the level alone."""
+_SAME_TIME = 1.02
+"""A level that takes at most so many times as long as level 1 takes as long."""
 _BESIDE_OTHERS = 0.1
 """Logarithm of the slow-down of threads that have their cores to themselves beside busy ones: they share caches, memory and clock."""
 _FEW_OTHERS = 0.3
@@ -28,40 +30,45 @@ class Arm:
     Attributes:
         slowdown: learned from the inferences that ran so.
         margin: deviations above the mean that a latency may lie, set by the controller.
+        mean: logarithm of the slow-down that is expected.
         high, expected: logarithm of the next latency over the idle one at the percentile wanted, and its exponential.
         others: cores' worth of other programs when this arm ran last; None where no sample told.
         seen: the controller's count of inferences when this arm ran last; None before.
+        log_idle: logarithm of the idle machine's latency in milliseconds, at each level of the grid.
+        least_ms: the idle machine's latency at level 1.
+        last_step: the lowest level, in steps of the grid, from which on more skipping buys no time.
     """
 
-    __slots__ = ("_log_idle", "_negated_ms", "expected", "frontier", "high", "margin", "others", "seen", "slowdown", "threads")
+    __slots__ = (
+        "_negated_ms", "expected", "frontier", "high", "last_step", "least_ms", "log_idle", "margin", "mean", "others", "seen", "slowdown",
+        "threads",
+    )  # fmt: skip
 
     def __init__(self, threads: int, frontier: Frontier) -> None:
         latencies_ms = [frontier.latency_ms_at(i / GRID) for i in range(GRID + 1)]
         self.threads = threads
         self.frontier = frontier
         self._negated_ms = [-ms for ms in latencies_ms]
-        self._log_idle = [math.log(ms) for ms in latencies_ms]
+        self.log_idle = [math.log(ms) for ms in latencies_ms]
+        self.least_ms = latencies_ms[-1]
+        self.last_step = self.fitting_step(_SAME_TIME * self.least_ms)
         self.slowdown = SlowdownEstimator()
         self.margin = 0.0
+        self.mean = 0.0
         self.high = 0.0
         self.expected = 1.0
         self.others: float | None = None
         self.seen: int | None = None
 
-    def log_idle(self, level: float) -> float:
-        """Returns the logarithm of the idle machine's latency in milliseconds."""
-        place = level * GRID
-        step = int(place)
-        return self._log_idle[step] if step == place else math.log(self.frontier.latency_ms_at(level))
-
     def fitting_step(self, ms: float) -> int:
         """Returns the lowest level, in steps of the grid, that an idle machine takes at most `ms` for; one beyond the last for none."""
         return bisect_left(self._negated_ms, -ms)
 
-    def expect(self, hardness: float, hardness_variance: float) -> None:
-        """Sets what is expected of the next inference from what this arm has seen itself."""
-        self.high = self.slowdown.mean + hardness + self.margin * math.sqrt(self.slowdown.variance + hardness_variance)
-        self.expected = math.exp(self.high)
+    def expect(self, mean: float, hardness: float, hardness_variance: float) -> None:
+        """Sets what is expected of the next inference from what this arm has seen itself, the slow-down's logarithm being `mean`."""
+        self.mean = mean
+        self.high = high = mean + hardness + self.margin * math.sqrt(self.slowdown.variance + hardness_variance)
+        self.expected = math.exp(high)
 
     def expected_beside(self, others: float, cores: float, hardness: float, hardness_variance: float, spread: float) -> float:
         """Returns the same from the load alone: every runnable thread gets a fair share of the cores.

@@ -16,10 +16,10 @@ from dynprune.control.pressure import ResourceSample, fraction
 from dynprune.control.slowdown import SlowdownEstimator
 from dynprune.errors import InputError
 
-_CALM_INFERENCES = 32
+_CALM_INFERENCES = 8
 _CALM_SECONDS = 2.0
-"""The level relaxes to the tightest one wanted in the last 32 inferences or 2 seconds, whichever is shorter."""
-_DEAD_BAND = 2
+"""The level relaxes to the tightest one wanted in the last 8 inferences or 2 seconds, whichever is shorter."""
+_DEAD_BAND = 4
 """Steps of the grid; a relaxation by less is not worth a change of level, unless it ends at level 0."""
 _HARDNESS_RATE = 0.05
 """Share of the newest inference in the running mean and variance of how hard inputs are."""
@@ -55,7 +55,9 @@ class LatencyController:
     0, down to the level whose mean fits, so that nearly as many happen as `percentile` allows, or a third of them where that is less margin
     than the normal distribution's. After a step upwards, and after two misses in a row, it is the normal distribution's again at least.
     A `ResourceSample` that shows more load than the recent inferences have met raises the expectation before the first slow one. The
-    level tightens at once and relaxes after calm.
+    level tightens at once and relaxes after calm. Where no level is expected to fit, the highest one runs, or the lowest one that is as
+    fast; but one slow inference after which no level would fit changes nothing: if the next is as slow it is too late for a level to
+    help, else it was a spike.
 
     Where the frontier knows the times of fewer threads, each number of threads has its own estimate, and the one that needs the lowest
     level runs. One that did not run for 128 inferences, or not under such a load, is expected to get a fair share of the cores beside
@@ -131,7 +133,7 @@ class LatencyController:
 
     @property
     def reachable(self) -> bool:
-        """Whether some level was expected to keep the budget when the last level was picked; if not, that level is 1."""
+        """Whether some level was expected to keep the budget when the last level was picked; if not, it is the fastest."""
         return self._reachable
 
     @property
@@ -142,7 +144,8 @@ class LatencyController:
     @property
     def pace(self) -> float:
         """How many times longer than the cost table predicts inferences are estimated to take now, on `threads` threads."""
-        return math.exp(self._arm.slowdown.mean + self._arm.log_idle(self._step / GRID) - self._log_usual[self._step])
+        arm, step = self._arm, self._step
+        return math.exp(arm.mean + arm.log_idle[step] - self._log_usual[step])
 
     def set_num_threads(self, num_threads: int) -> None:
         """Sets the most threads to use; what was learned about the times of these is forgotten.
@@ -178,7 +181,7 @@ class LatencyController:
             self._set_margins()
             wanted, self._arm = self._choose(budget_ms)
             self._reachable = wanted <= GRID
-            self._step = min(wanted, GRID)
+            self._step = min(wanted, self._last_step)
 
     def next_level(self, sample: ResourceSample | None = None, *, work: float = 1.0, limit_ms: float = math.inf) -> float:
         """Returns the level in [0, 1] to run the next inference at.
@@ -199,20 +202,25 @@ class LatencyController:
             extra_load = self._load - self._seen_load - _NEW_LOAD
             if extra_load > 0.0:
                 factor *= math.exp(extra_load)
+            on_trial, last_step = self._arm.slowdown.on_trial, self._last_step
+            if on_trial and self._choose(self._budget_ms / work)[0] > GRID:
+                # If this is a step no level keeps the budget; only if it is a spike does the choice of the level matter.
+                self._arm.expect(self._arm.slowdown.mean_before, self._hardness, self._hardness_variance)
             wanted, arm = self._choose(self._budget_ms / factor)
             self._reachable = wanted <= GRID
-            wanted = min(wanted, GRID)
-            if self._arm.slowdown.on_trial:  # a spike tightens one inference, a step all that follow
+            if wanted > last_step:
+                wanted = last_step
+            if on_trial:  # a spike tightens one inference, a step all that follow
                 step = max(self._step, wanted)
             else:
-                tightest = self._tightest_wanted(wanted)
-                if tightest >= self._step or tightest <= self._step - _DEAD_BAND or tightest == 0:
-                    self._step = tightest
-                step = self._step
+                step = tightest = self._tightest_wanted(wanted)
+                if self._step - _DEAD_BAND < tightest < self._step and tightest > 0:
+                    step = self._step
+                self._step = step
             if limit_ms < self._budget_ms:
                 tighter, arm = self._choose(limit_ms / factor)
                 self._reachable = tighter <= GRID
-                step = max(step, min(tighter, GRID))
+                step = max(step, min(tighter, last_step))
             self._arm = arm
             return step / GRID
 
@@ -242,37 +250,51 @@ class LatencyController:
             return
         with self._lock:
             arm = self._arm if threads is None else self._arm_of.get(threads, self._arm)
-            level = self._step / GRID if level is None else level
+            last_level = self._step / GRID
+            if level is None:
+                level = last_level
             place = level * GRID
             step = int(place)
-            log_usual = self._log_usual[step] if step == place else math.log(self.frontier.predicted_ms_at(level))
-            log_idle = arm.log_idle(level)
-            log_predicted = math.log(predicted_ms)
-            slowdown = math.log(latency_ms) - log_predicted - log_idle + log_usual
-            hardness = log_predicted - log_usual - (math.log(work) if work != 1.0 else 0.0)
-            limit_ms = self._budget_ms if limit_ms is None else limit_ms
+            if step == place:
+                log_usual, log_idle = self._log_usual[step], arm.log_idle[step]
+            else:
+                log_usual = math.log(self.frontier.predicted_ms_at(level))
+                log_idle = math.log(arm.frontier.latency_ms_at(level))
+            excess = math.log(predicted_ms) - log_usual
+            slowdown = math.log(latency_ms) - excess - log_idle
+            hardness = excess if work == 1.0 else excess - math.log(work)
+            if limit_ms is None:
+                limit_ms = self._budget_ms
             if guarded and limit_ms > 0:
                 hardness = max(hardness, math.log(limit_ms / work) - log_idle - slowdown)
-            slowdown = min(max(slowdown, -_MOST_LOG), _MOST_LOG)
-            hardness = min(max(hardness, -_MOST_LOG), _MOST_LOG)
+            if not -_MOST_LOG < slowdown < _MOST_LOG:
+                slowdown = math.copysign(_MOST_LOG, slowdown)
+            if not -_MOST_LOG < hardness < _MOST_LOG:
+                hardness = math.copysign(_MOST_LOG, hardness)
+            estimator = arm.slowdown
             if not self._is_fresh(arm):
-                arm.slowdown = SlowdownEstimator()
+                estimator = arm.slowdown = SlowdownEstimator()
             arm.seen, arm.others = self._count, self._sampled_others
             # At a level that the limit asked for a miss tells; elsewhere nothing is at stake, and the expectation stands for the limit.
-            at_limit = 0 < level <= self._step / GRID and self._reachable
+            at_limit = 0 < level <= last_level and self._reachable
             missed = latency_ms > limit_ms if at_limit else slowdown + hardness > arm.high
-            arm.slowdown.update(slowdown)
-            aim = _AIM if arm.margin > self._normal_margin else _CAUTIOUS_AIM
-            margin = arm.margin + self._margin_rate * (missed - aim * self._target_misses)
-            if arm.slowdown.on_trial or (missed and self._missed):
-                margin = max(margin, self._normal_margin)
+            estimator.update(slowdown)
+            normal = self._normal_margin
+            margin = arm.margin
+            margin += self._margin_rate * (missed - (_AIM if margin > normal else _CAUTIOUS_AIM) * self._target_misses)
+            if margin < normal and (estimator.on_trial or (missed and self._missed)):
+                margin = normal
+            elif margin < 0.0:
+                margin = 0.0
+            elif margin > normal + _MOST_EXTRA_MARGIN:
+                margin = normal + _MOST_EXTRA_MARGIN
             self._missed = missed
-            arm.margin = min(max(margin, 0.0), self._normal_margin + _MOST_EXTRA_MARGIN)
+            arm.margin = margin
             surprise = hardness - self._hardness
             self._hardness += _HARDNESS_RATE * surprise
             self._hardness_variance += _HARDNESS_RATE * ((1 - _HARDNESS_RATE) * surprise * surprise - self._hardness_variance)
             self._seen_load += _SEEN_RATE * (self._load - self._seen_load)
-            arm.expect(self._hardness, self._hardness_variance)
+            arm.expect(estimator.mean, self._hardness, self._hardness_variance)
 
     def _set_arms(self, num_threads: int) -> None:
         counts = {count for count, _ in self.frontier.fewer_threads if count < num_threads}
@@ -281,11 +303,12 @@ class LatencyController:
         self._arms = [Arm(num_threads, widest), *(Arm(count, self.frontier.with_threads(count)) for count in sorted(counts, reverse=True))]
         self._arm_of = {arm.threads: arm for arm in self._arms}
         self._arm = self._arms[0]
+        self._last_step = max(arm.last_step for arm in self._arms)
 
     def _set_margins(self) -> None:
         for arm in self._arms:
             arm.margin = self._normal_margin
-            arm.expect(self._hardness, self._hardness_variance)
+            arm.expect(arm.slowdown.mean, self._hardness, self._hardness_variance)
 
     def _is_fresh(self, arm: Arm) -> bool:
         if len(self._arms) == 1:
@@ -297,22 +320,29 @@ class LatencyController:
         return abs(arm.others - self._sampled_others) <= _OTHER_LOAD
 
     def _choose(self, ms: float) -> tuple[int, Arm]:
-        """Returns the lowest step of the grid at which some number of threads is expected to take at most `ms`, and its arm."""
-        first, *fewer = self._arms
-        if not fewer:
+        """Returns the lowest step of the grid at which some number of threads is expected to take at most `ms`, and its arm.
+
+        Where there is none the step is beyond the grid, and the arm the one that is expected to be the fastest.
+        """
+        first = self._arms[0]
+        if len(self._arms) == 1:
             return first.fitting_step(ms / first.expected), first
-        spread = max(arm.slowdown.variance for arm in self._arms)
-        others = self._others()
-        best, chosen = GRID + 2, first
+        best, chosen, least_ms = GRID + 1, first, math.inf
         for arm in self._arms:
-            if self._is_fresh(arm):
-                expected = arm.expected
-            else:
-                expected = arm.expected_beside(others, self._cores, self._hardness, self._hardness_variance, spread)
+            expected = arm.expected if self._is_fresh(arm) else self._expected_of_stale(arm)
             step = arm.fitting_step(ms / expected)
             if step < best:
                 best, chosen = step, arm
+                if step == 0:
+                    break
+            elif best > GRID and expected * arm.least_ms < least_ms:
+                least_ms, chosen = expected * arm.least_ms, arm
         return best, chosen
+
+    def _expected_of_stale(self, arm: Arm) -> float:
+        """Returns what is expected of an arm that did not run lately."""
+        spread = max(arm.slowdown.variance, self._arm.slowdown.variance)
+        return arm.expected_beside(self._others(), self._cores, self._hardness, self._hardness_variance, spread)
 
     def _others(self) -> float:
         """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are.

@@ -27,45 +27,52 @@ class SlowdownEstimator:
 
     Attributes:
         mean: estimated logarithm of the slow-down factor.
+        variance: of the next observation around `mean`: uncertainty of the mean, drift and noise.
+        on_trial: whether the last observation was taken for a step upwards that the next one may still show to have been a spike.
+        mean_before: `mean` before that step; `mean` itself where none is on trial.
     """
+
+    __slots__ = ("_before_jump", "_doubted_side", "_noise", "_trust", "_uncertainty", "mean", "on_trial", "variance")
 
     def __init__(self) -> None:
         self.mean = 0.0
+        self.variance = _PRIOR_DEVIATION**2 + (1 + _DRIFT) * _LEAST_NOISE
+        self.on_trial = False
         self._uncertainty = _PRIOR_DEVIATION**2
         self._noise = _LEAST_NOISE
         self._trust = 1.0
-        self._before_jump: tuple[float, float] | None = None
+        self._before_jump = (0.0, 0.0)
         self._doubted_side = 0
 
     @property
-    def variance(self) -> float:
-        """Variance of the next observation around `mean`: uncertainty of the mean, drift and noise."""
-        return self._uncertainty + (1 + _DRIFT) * self._noise
-
-    @property
-    def on_trial(self) -> bool:
-        """Whether the last observation was taken for a step upwards that the next one may still show to have been a spike."""
-        return self._before_jump is not None
+    def mean_before(self) -> float:
+        return self._before_jump[0] if self.on_trial else self.mean
 
     def update(self, log_ratio: float) -> None:
         """Takes in one observation: the logarithm of observed over predicted time, a finite number."""
-        if self._before_jump is not None:
+        if self.on_trial:
             self._judge_jump(log_ratio)
         noise = self._noise
         predicted = self._uncertainty + _DRIFT * noise
         variance = predicted + noise
         innovation = log_ratio - self.mean
         squared = innovation * innovation
-        if squared <= _OUTLIER_SQUARED * variance:
+        most = _OUTLIER_SQUARED * variance
+        if squared <= most:
             gain = predicted / variance
             self.mean += gain * innovation
             self._uncertainty = (1 - gain) * predicted
             self._doubted_side = 0
         else:
-            squared = _OUTLIER_SQUARED * variance
+            squared = most
             self._outlier(log_ratio, 1 if innovation > 0 else -1)
         noise += _NOISE_RATE * (squared - predicted - noise)
-        self._noise = _LEAST_NOISE if noise < _LEAST_NOISE else min(noise, _MOST_NOISE)
+        if noise < _LEAST_NOISE:
+            noise = _LEAST_NOISE
+        elif noise > _MOST_NOISE:
+            noise = _MOST_NOISE
+        self._noise = noise
+        self.variance = self._uncertainty + (1 + _DRIFT) * noise
 
     def _outlier(self, log_ratio: float, side: int) -> None:
         """Takes an observation for a step, or waits for the next one to tell."""
@@ -76,6 +83,7 @@ class SlowdownEstimator:
         elif side > 0 and self._trust >= 0.5:
             self._before_jump = self.mean, self._uncertainty
             self._jump(log_ratio)
+            self.on_trial = True
         else:
             self._doubted_side = side
 
@@ -91,4 +99,4 @@ class SlowdownEstimator:
         if not lasted:
             self.mean, self._uncertainty = mean, uncertainty
         self._trust += _TRUST_RATE * (lasted - self._trust)
-        self._before_jump = None
+        self.on_trial = False

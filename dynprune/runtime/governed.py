@@ -72,7 +72,7 @@ class Governed(nn.Module):
     def set_latency_budget(self, ms: float | None = None, percentile: float = 95) -> None:
         """Keeps `percentile` percent of the calls within `ms` milliseconds from the next call on; None ends the budget.
 
-        A budget that no level can meet is accepted: the model runs at level 1, says so once, and `stats()` counts the misses.
+        A budget that no level can meet is accepted: the model runs at the fastest level, says so once, and `stats()` counts the misses.
 
         Raises:
             InputError: `ms` is not a number > 0, or `percentile` is not inside (0, 100).
@@ -215,7 +215,7 @@ class Governed(nn.Module):
             if not controller.reachable and limit_ms >= controller.budget_ms:
                 self._warn_once(
                     "budget",
-                    f"No level is expected to keep the budget of {controller.budget_ms:g} ms; running at level 1. "
+                    f"No level is expected to keep the budget of {controller.budget_ms:g} ms; running at level {picked:.2g}, the fastest. "
                     "stats().budget_misses counts the misses.",
                 )
         if sample is not None and not self.training:
