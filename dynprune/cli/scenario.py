@@ -15,6 +15,7 @@ from dynprune.cli.machine import Machine, describe_machine
 from dynprune.cli.scenarios import Call, Scenario, make_scenario, serve
 from dynprune.cli.table import format_table
 from dynprune.cli.trace import Figures, Trace, figures_of
+from dynprune.control.pressure import other_cores
 from dynprune.timing import percentiles
 
 if TYPE_CHECKING:
@@ -43,12 +44,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class ScenarioReport:
-    """One scenario, all variants under the same load one after the other; `idle_ms` is the median at level 0 while nobody else runs."""
+    """One scenario, all variants under the same load one after the other.
+
+    `idle_ms` is the median at level 0 before, and `other_cores` how many cores other programs took then; None where that is not known.
+    """
 
     machine: Machine
     model: str
     scenario: Scenario
     idle_ms: float
+    other_cores: float | None
     budget_ms: float
     percentile: float
     variants: tuple[Variant, ...]
@@ -89,12 +94,15 @@ def run_scenario(
     Raises:
         NoCgroupError: the scenario needs a control group that cannot be made here.
     """
+    from dynprune.control.monitor import ResourceMonitor
     from dynprune.control.sources import allowed_cores
 
     cores = int(allowed_cores())
     scenario = make_scenario(name, seconds, cores, neighbours=neighbours)
-    with _at_level(dm, inputs, 0.0)() as call:
-        idle = serve(call, make_scenario("idle", _BASE_S, cores), _BASE_S, gap_s, cores)
+    monitor = ResourceMonitor(_BASE_S / 2)
+    monitor.sample()
+    idle = serve(_at_level(dm, inputs, 0.0), make_scenario("idle", _BASE_S, cores), _BASE_S, gap_s, cores)
+    others = other_cores(monitor.sample())
     base_ms = percentiles(idle.latency_ms, (50,))[0]
     if budget_ms is None:
         budget_ms = budget_factor * base_ms
@@ -107,11 +115,10 @@ def run_scenario(
     }
     variants = []
     for label, way in ways.items():
-        with way() as call:
-            trace = serve(call, scenario, seconds, gap_s, cores)
+        trace = serve(way, scenario, seconds, gap_s, cores)
         variants.append(Variant(label, trace, figures_of(trace, budget_ms, percentile, dm.frontier)))
         time.sleep(0.3)
-    return ScenarioReport(describe_machine(dm.num_threads), model_name, scenario, base_ms, budget_ms, percentile, tuple(variants))
+    return ScenarioReport(describe_machine(dm.num_threads), model_name, scenario, base_ms, others, budget_ms, percentile, tuple(variants))
 
 
 def scenario_text(report: ScenarioReport) -> str:
@@ -133,10 +140,11 @@ def scenario_text(report: ScenarioReport) -> str:
         for variant in report.variants
         for figures in (variant.figures,)
     ]
+    others = "" if report.other_cores is None else f", beside {report.other_cores:.2f} cores of other programs"
     lines = [
         str(report.machine),
         f"{report.model}, scenario {report.scenario.name}: {report.scenario.what}",
-        f"p{report.percentile:g} within {report.budget_ms:.2f} ms; idle median at level 0 {report.idle_ms:.2f} ms",
+        f"p{report.percentile:g} within {report.budget_ms:.2f} ms; idle median at level 0 {report.idle_ms:.2f} ms{others}",
         "",
         format_table(_HEADERS, rows),
     ]

@@ -84,14 +84,20 @@ class Call:
     threads: int
 
 
-def serve(call: Callable[[int], Call], scenario: Scenario, seconds: float, gap_s: float, cores: int) -> Trace:
-    """Returns the trace of calling `call(number)` one after the other, `gap_s` apart, while the scenario goes on.
+Way = Callable[[], contextlib.AbstractContextManager[Callable[[int], Call]]]
+"""Opens a way to run a model; its function runs the inference of a number."""
+
+
+def serve(way: Way, scenario: Scenario, seconds: float, gap_s: float, cores: int) -> Trace:
+    """Returns the trace of running a model some way, one inference after the other, `gap_s` apart, while the scenario goes on.
+
+    The way is opened in the scenario's control group, as in a container, so that a monitor of its own finds the group's quota.
 
     Raises:
         NoCgroupError: the scenario needs a control group that cannot be made.
     """
     trace = Trace()
-    with _load_setter(scenario, cores) as set_load:
+    with _load_setter(scenario, cores) as set_load, way() as call:
         changes = list(scenario.changes)
         load = 0.0
         for number in range(3):

@@ -12,7 +12,7 @@ from statistics import NormalDist
 from dynprune.control.arms import GRID, Arm, other_load
 from dynprune.control.checks import check_budget_ms, check_percentile
 from dynprune.control.frontier import Frontier
-from dynprune.control.pressure import ResourceSample, fraction
+from dynprune.control.pressure import ResourceSample, fraction, other_cores
 from dynprune.control.slowdown import SlowdownEstimator
 from dynprune.errors import InputError
 
@@ -197,7 +197,7 @@ class LatencyController:
                 self._load = self._seen_load
             elif sample is not self._sample:
                 self._sample, self._load = sample, _expected_log_slowdown(sample)
-                self._sampled_others = _other_cores(sample)
+                self._sampled_others = other_cores(sample)
             factor = work
             extra_load = self._load - self._seen_load - _NEW_LOAD
             if extra_load > 0.0:
@@ -363,15 +363,6 @@ class LatencyController:
         while self._count - queue[0][0] >= _CALM_INFERENCES or now_s - queue[0][1] > _CALM_SECONDS:
             queue.popleft()
         return queue[0][2]
-
-
-def _other_cores(sample: ResourceSample) -> float | None:
-    """Returns how many cores' worth of time other programs took; None where the sample does not tell."""
-    if sample.cpu_fraction is None or not sample.per_cpu_fraction:
-        return None
-    return (fraction(sample.cpu_fraction) - min(fraction(sample.own_cpu_fraction), fraction(sample.cpu_fraction))) * len(
-        sample.per_cpu_fraction
-    )
 
 
 def _expected_log_slowdown(sample: ResourceSample) -> float:

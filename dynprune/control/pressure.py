@@ -125,3 +125,11 @@ def fraction(value: float | None) -> float:
 
 def _ramp(value: float, start: float, full: float) -> float:
     return 0.0 if value <= start else min(1.0, (value - start) / (full - start))
+
+
+def other_cores(sample: ResourceSample) -> float | None:
+    """Returns how many cores' worth of time other programs took; None where the sample does not tell."""
+    if sample.cpu_fraction is None or not sample.per_cpu_fraction:
+        return None
+    busy = fraction(sample.cpu_fraction)
+    return (busy - min(fraction(sample.own_cpu_fraction), busy)) * len(sample.per_cpu_fraction)
