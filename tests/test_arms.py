@@ -65,6 +65,29 @@ def test_one_thread_beside_one_neighbour_and_two_again_when_it_leaves(sampled):
         assert back[5:].count(2) > 550, "a sample tells at once that the neighbour left"
 
 
+def test_threads_that_come_back_are_not_expected_to_be_as_slow_as_when_they_left():
+    """The guard of the first inference on them goes by the pace."""
+    controller = LatencyController(frontier(), budget_ms=14.0, num_threads=2, cores=2)
+    serve(controller, 60, 0, True, 14.0)
+    assert set(serve(controller, 60, 1, True, 14.0)[0][10:]) == {1}
+    controller.next_level(ResourceSample(cpu_fraction=0.5, own_cpu_fraction=0.5, per_cpu_fraction=(0.5, 0.5)))
+    assert controller.threads == 2
+    assert controller.pace < 1.1
+
+
+def test_a_spike_on_two_threads_is_tried_again_on_two():
+    controller = LatencyController(frontier(), budget_ms=14.0, num_threads=2, cores=2)
+    serve(controller, 60, 0, False, 14.0)
+    level = controller.next_level()
+    assert (level, controller.threads) == (0.0, 2)
+    controller.observe(2 * TWO_MS, TWO_MS, level=level, threads=2)
+    tighter = controller.next_level()
+    assert tighter > 0.3 and controller.threads == 2
+    ms = TWO_MS * (1 - 2 / 3 * tighter)
+    controller.observe(ms, ms, level=tighter, threads=2)
+    assert (controller.next_level(), controller.threads) == (0.0, 2)
+
+
 def test_two_threads_beside_two_neighbours():
     """One thread of three would get two thirds of a core, two of four get a whole one."""
     controller = LatencyController(frontier(), budget_ms=30.0, num_threads=2, cores=2)
@@ -131,5 +154,6 @@ def test_few_threads_beside_others_are_expected_to_spread_less():
     arms = [Arm(2, frontier()), Arm(1, frontier().with_threads(1))]
     for arm in arms:
         arm.margin = 1.64
-    two, one = (arm.expected_beside(1.0, 2.0, 0.0, 0.0, 0.1) for arm in arms)
-    assert one < 1.3 < 1.6 < two
+        arm.expect_beside(1.0, 2.0, 0.0, 0.0, 0.1)
+    two, one = arms
+    assert one.expected < 1.3 < 1.6 < two.expected

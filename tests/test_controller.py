@@ -185,6 +185,17 @@ def test_the_guard_does_not_make_hard_inputs_look_easy():
     assert world.controller.slowdown == pytest.approx(1.0, abs=0.02)
 
 
+def test_a_guard_that_acted_on_a_load_that_had_gone_says_nothing_of_the_inputs():
+    world = World(11.5, load=lambda now_s, chance: 2.0).run(3)
+    level = world.controller.next_level()
+    assert level > 0.5 and world.controller.pace == pytest.approx(2 / 0.9, rel=0.1)
+    tight_ms, hardness = toy_ms(1.0), world.controller._hardness
+    for _ in range(2):
+        world.controller.observe(tight_ms, 0.9 * tight_ms, level=level, guarded=True)
+    assert world.controller._hardness < hardness + 0.03
+    assert math.sqrt(world.controller._hardness_variance) < 0.1
+
+
 def test_new_pressure_tightens_before_the_first_slow_inference():
     sample = [ResourceSample(cpu_pressure=0.0)]
     world = World(11.5, sample=lambda now_s: sample[0]).run(3)

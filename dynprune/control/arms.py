@@ -66,12 +66,10 @@ class Arm:
 
     def expect(self, mean: float, hardness: float, hardness_variance: float) -> None:
         """Sets what is expected of the next inference from what this arm has seen itself, the slow-down's logarithm being `mean`."""
-        self.mean = mean
-        self.high = high = mean + hardness + self.margin * math.sqrt(self.slowdown.variance + hardness_variance)
-        self.expected = math.exp(high)
+        self._set(mean, self.slowdown.variance, hardness, hardness_variance)
 
-    def expected_beside(self, others: float, cores: float, hardness: float, hardness_variance: float, spread: float) -> float:
-        """Returns the same from the load alone: every runnable thread gets a fair share of the cores.
+    def expect_beside(self, others: float, cores: float, hardness: float, hardness_variance: float, spread: float) -> None:
+        """Sets the same from the load alone: every runnable thread gets a fair share of the cores.
 
         Args:
             others: cores' worth of threads of other programs.
@@ -84,7 +82,12 @@ class Arm:
             mean, variance = (_BESIDE_OTHERS if others > _FEW_OTHERS else 0.0), _ALONE_DEVIATION**2
         else:
             mean, variance = math.log(wanted / cores) + _BESIDE_OTHERS, spread
-        return math.exp(mean + hardness + self.margin * math.sqrt(variance + hardness_variance))
+        self._set(mean, variance, hardness, hardness_variance)
+
+    def _set(self, mean: float, variance: float, hardness: float, hardness_variance: float) -> None:
+        self.mean = mean
+        self.high = high = mean + hardness + self.margin * math.sqrt(variance + hardness_variance)
+        self.expected = math.exp(high)
 
 
 def other_load(slowdown: float, threads: int, cores: float) -> float:

@@ -202,11 +202,15 @@ class LatencyController:
             extra_load = self._load - self._seen_load - _NEW_LOAD
             if extra_load > 0.0:
                 factor *= math.exp(extra_load)
-            on_trial, last_step = self._arm.slowdown.on_trial, self._last_step
-            if on_trial and self._choose(self._budget_ms / work)[0] > GRID:
-                # If this is a step no level keeps the budget; only if it is a spike does the choice of the level matter.
-                self._arm.expect(self._arm.slowdown.mean_before, self._hardness, self._hardness_variance)
-            wanted, arm = self._choose(self._budget_ms / factor)
+            arm, last_step = self._arm, self._last_step
+            on_trial = arm.slowdown.on_trial
+            if on_trial and arm.fitting_step(self._budget_ms / work / arm.expected) <= GRID:
+                wanted = arm.fitting_step(self._budget_ms / factor / arm.expected)  # other threads would not show whether it was a spike
+            else:
+                if on_trial and self._choose(self._budget_ms / work)[0] > GRID:
+                    # If this is a step no level keeps the budget; only if it is a spike does the choice of the level matter.
+                    arm.expect(arm.slowdown.mean_before, self._hardness, self._hardness_variance)
+                wanted, arm = self._choose(self._budget_ms / factor)
             self._reachable = wanted <= GRID
             if wanted > last_step:
                 wanted = last_step
@@ -266,7 +270,7 @@ class LatencyController:
             if limit_ms is None:
                 limit_ms = self._budget_ms
             if guarded and limit_ms > 0:
-                hardness = max(hardness, math.log(limit_ms / work) - log_idle - slowdown)
+                hardness = max(hardness, math.log(limit_ms / work) - log_idle - max(slowdown, arm.mean))
             if not -_MOST_LOG < slowdown < _MOST_LOG:
                 slowdown = math.copysign(_MOST_LOG, slowdown)
             if not -_MOST_LOG < hardness < _MOST_LOG:
@@ -329,20 +333,17 @@ class LatencyController:
             return first.fitting_step(ms / first.expected), first
         best, chosen, least_ms = GRID + 1, first, math.inf
         for arm in self._arms:
-            expected = arm.expected if self._is_fresh(arm) else self._expected_of_stale(arm)
-            step = arm.fitting_step(ms / expected)
+            if not self._is_fresh(arm):
+                spread = max(arm.slowdown.variance, self._arm.slowdown.variance)
+                arm.expect_beside(self._others(), self._cores, self._hardness, self._hardness_variance, spread)
+            step = arm.fitting_step(ms / arm.expected)
             if step < best:
                 best, chosen = step, arm
                 if step == 0:
                     break
-            elif best > GRID and expected * arm.least_ms < least_ms:
-                least_ms, chosen = expected * arm.least_ms, arm
+            elif best > GRID and arm.expected * arm.least_ms < least_ms:
+                least_ms, chosen = arm.expected * arm.least_ms, arm
         return best, chosen
-
-    def _expected_of_stale(self, arm: Arm) -> float:
-        """Returns what is expected of an arm that did not run lately."""
-        spread = max(arm.slowdown.variance, self._arm.slowdown.variance)
-        return arm.expected_beside(self._others(), self._cores, self._hardness, self._hardness_variance, spread)
 
     def _others(self) -> float:
         """Returns how many cores' worth of threads other programs run: by the last sample, else by how slow inferences are.
