@@ -98,7 +98,7 @@ struct GatherGemmArgs {
   bool accumulate;
 };
 
-// out[i][p] = clamp(bias[r_i] + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p], low, high), r_i as in GatherGemmArgs.
+// out[i][p] = clamp(bias[i] + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p], low, high), r_i as in GatherGemmArgs.
 struct PointwiseArgs {
   int64_t m;
   int64_t k;

@@ -13,18 +13,27 @@ namespace {
 // After an inference nothing of this is in a cache any more, and all of it hangs on chains of pointers. So each link is fetched this many
 // objects before it is followed, the next one half as many before.
 constexpr Py_ssize_t kAhead = 16;
-constexpr size_t kLine = 64;
+constexpr size_t kKeysBytes = 160;   // of a dict of a few entries
+constexpr size_t kObjectBytes = 48;  // of a tensor's Python object
+// Of what stands behind it, up to the pointer to its version counter, by the layout of torch 2.13. Where another release has something
+// else there, that is fetched in vain.
+constexpr size_t kCounterAt = 40;
+constexpr size_t kBlockBytes = kCounterAt + sizeof(void*);
+constexpr size_t kCounterBytes = 24;
 
+// The lines that these bytes lie on.
 inline void prefetch(const void* address, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(address) + at);
+  constexpr uintptr_t kLine = 64;
+  const auto first = reinterpret_cast<uintptr_t>(address);
+  for (uintptr_t line = first / kLine * kLine; line < first + bytes; line += kLine) __builtin_prefetch(reinterpret_cast<const void*>(line));
 }
 
 void prefetch_table(const py::tuple& tables, Py_ssize_t i) {
   const Py_ssize_t count = PyTuple_GET_SIZE(tables.ptr());
-  if (i + kAhead < count) prefetch(PyTuple_GET_ITEM(tables.ptr(), i + kAhead), kLine);
+  if (i + kAhead < count) prefetch(PyTuple_GET_ITEM(tables.ptr(), i + kAhead), sizeof(PyDictObject));
   if (i + kAhead / 2 < 0 || i + kAhead / 2 >= count) return;
   PyObject* const table = PyTuple_GET_ITEM(tables.ptr(), i + kAhead / 2);
-  if (PyDict_Check(table)) prefetch(reinterpret_cast<PyDictObject*>(table)->ma_keys, 3 * kLine);
+  if (PyDict_Check(table)) prefetch(reinterpret_cast<PyDictObject*>(table)->ma_keys, kKeysBytes);
 }
 
 // Whether the values of the dicts `tables`, one after the other, are the very objects in `members`.
@@ -47,6 +56,14 @@ bool same_members(const py::tuple& tables, const py::tuple& members) {
   return i == count;
 }
 
+const char* block_of(const py::bytes& blocks, Py_ssize_t i) {
+  uint64_t block = 0;
+  if (i < static_cast<Py_ssize_t>(PyBytes_GET_SIZE(blocks.ptr()) / sizeof block)) {
+    std::memcpy(&block, PyBytes_AS_STRING(blocks.ptr()) + i * sizeof block, sizeof block);
+  }
+  return reinterpret_cast<const char*>(block);
+}
+
 // The sum of `tensor._version`, how often each was written in place. `version` is the attribute's descriptor; a built-in one is asked
 // straight, which takes half the time of looking the attribute up in each tensor. `blocks` may hold the addresses (uint64) of what stands
 // behind the tensors' Python objects, only to fetch it ahead.
@@ -55,16 +72,19 @@ int64_t version_sum(const py::tuple& tensors, const py::object& version, const p
   const auto* descriptor = reinterpret_cast<PyGetSetDescrObject*>(version.ptr());
   const PyGetSetDef& access = *descriptor->d_getset;
   if (access.get == nullptr) throw py::type_error("version must be readable.");
-  constexpr size_t kBlockBytes = 192;
-  const auto num_blocks = static_cast<Py_ssize_t>(PyBytes_GET_SIZE(blocks.ptr()) / sizeof(uint64_t));
   const Py_ssize_t count = PyTuple_GET_SIZE(tensors.ptr());
   int64_t sum = 0;
   for (Py_ssize_t i = -kAhead; i < count; ++i) {
     if (i + kAhead < count) {
-      prefetch(PyTuple_GET_ITEM(tensors.ptr(), i + kAhead), kLine);
-      uint64_t block = 0;
-      if (i + kAhead < num_blocks) std::memcpy(&block, PyBytes_AS_STRING(blocks.ptr()) + (i + kAhead) * sizeof block, sizeof block);
-      if (block != 0) prefetch(reinterpret_cast<const void*>(block), kBlockBytes);
+      prefetch(PyTuple_GET_ITEM(tensors.ptr(), i + kAhead), kObjectBytes);
+      if (const char* block = block_of(blocks, i + kAhead)) prefetch(block, kBlockBytes);
+    }
+    if (i + kAhead / 2 >= 0 && i + kAhead / 2 < count) {
+      if (const char* block = block_of(blocks, i + kAhead / 2)) {
+        const void* counter = nullptr;
+        std::memcpy(&counter, block + kCounterAt, sizeof counter);
+        prefetch(counter, kCounterBytes);
+      }
     }
     if (i < 0) continue;
     PyObject* const tensor = PyTuple_GET_ITEM(tensors.ptr(), i);

@@ -1,6 +1,6 @@
 // Register-tiled product for short sums (the expansion of an inverted residual reads 16 to 160 channels), bias and clamp included:
 //
-//   out[i][p] = clamp(bias[r_i] + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p], low, high)
+//   out[i][p] = clamp(bias[i] + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p], low, high)
 //
 // The tiles are those of gather_gemm-inl.h; the sums begin with the bias and are clamped in the registers, so that the result is
 // written once.
@@ -23,7 +23,7 @@ void pointwise_tile(const PointwiseArgs& a, int64_t first) {
   for (int i = 0; i < MR; ++i) {
     const int64_t row = a.row_index != nullptr ? a.row_index[first + i] : a.first_row + first + i;
     weight[i] = a.weight + row * a.weight_stride;
-    const Vec bias = set1(a.bias[row]);
+    const Vec bias = set1(a.bias[first + i]);
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) sum[i][v] = bias;
   }

@@ -120,7 +120,7 @@ void Plan::make_ops(int num_threads) {
     fused[last] = make_bottleneck(parts, kernels_, num_threads);
     for (int64_t i = first; i < last && fused[last] != nullptr; ++i) {
       if (fused[i] != nullptr) fail("step '" + parts[0].name + "' is fused with more than one other.");
-      fused[i] = make_absorbed(spec_.steps[i]);
+      fused[i] = make_absorbed(spec_.steps[i], *fused[last]);
     }
   }
   for (int64_t i = 0; i < num_steps; ++i) {

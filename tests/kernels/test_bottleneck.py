@@ -89,12 +89,12 @@ class Block:
             steps[-1]["ints"]["fused"] = [len(steps) - 1]
         return {"arena_size": channels * (plane + out_plane), "buffers": buffers, "sites": list(sites), "steps": steps}
 
-    def torch(self, x, residual=None):
-        """The reference; `x` (batch, channels, height, width) has zeros where inputs are inactive."""
+    def torch(self, x, shift=0.0):
+        """The reference; `x` (batch, channels, height, width) has zeros where inputs are inactive, for which `shift` is added."""
         y = torch.from_numpy(x).double()
         if "expand" in self.parts:
             weight, bias = (torch.from_numpy(a).double() for a in self.expand)
-            y = activated(F.conv2d(y, weight[:, :, None, None], bias), self.inner)
+            y = activated(F.conv2d(y, weight[:, :, None, None], bias) + shift, self.inner)
         kernel, stride, padding = self.shape[5:]
         weight, bias = (torch.from_numpy(a).double() for a in self.depthwise)
         y = F.conv2d(y, weight.view(-1, 1, kernel, kernel), bias, stride=stride, padding=padding, groups=len(weight))
@@ -106,13 +106,15 @@ class Block:
         return activated(y if residual is None else y + torch.from_numpy(residual).double(), self.outer)
 
 
-def run(isa, block, spec, arrays, *, active=(), num_threads=1, compensation=None, must_fuse=True):
+def run(isa, block, spec, arrays, *, active=(), num_threads=1, compensation=None, of_inputs=None, must_fuse=True):
     """Runs a plan on NaN-filled memory and returns its output (batch, rows, positions)."""
     plan = _C.Plan(spec, isa, num_threads)
     if must_fuse:
         assert plan.chunks()[:-1] == [0] * (len(block.parts) - 1), "the steps were not run as one"
     if compensation is not None:
         plan.set_compensation(len(block.parts) - 1, compensation)
+    if of_inputs is not None:
+        plan.set_compensation(0, of_inputs)
     batch = len(arrays[0])
     workspace = plan.acquire(batch)
     workspace.begin_given([[[int(i) for i in chosen] for chosen in site] for site in active])
@@ -162,7 +164,12 @@ def test_gated_channels(isa, kind, parts) -> None:
     for sample, active in enumerate(lists[0]):
         x[sample, : len(active)] = whole[sample, active]
         masked[sample, active] = whole[sample, active]
-    want = block.torch(masked)
+    of_inputs, shift = None, 0.0
+    if "expand" in block.parts:
+        of_inputs = block.rng.standard_normal((40, block.first), dtype=np.float32)
+        missing = [np.delete(of_inputs.astype(np.float64), active, 1).sum(1) for active in lists[0]]
+        shift = torch.from_numpy(np.stack(missing))[:, :, None, None]
+    want = block.torch(masked, shift)
     for sample, active in enumerate(lists[1]):
         want[sample, np.setdiff1d(np.arange(40), active)] = 0
     compensation = None
@@ -175,7 +182,8 @@ def test_gated_channels(isa, kind, parts) -> None:
     sites = [("channels", size, 1) for size in sizes]
     for num_threads in (1, 2):
         spec = block.spec(fused=True, sites=sites, in_site=0, site=1, out_site=2)
-        got = run(isa, block, spec, [x], active=lists, num_threads=num_threads, compensation=compensation, must_fuse=num_threads == 1)
+        options = {"compensation": compensation, "of_inputs": of_inputs, "must_fuse": num_threads == 1}
+        got = run(isa, block, spec, [x], active=lists, num_threads=num_threads, **options)
         for sample, active in enumerate(lists[2]):
             assert_close(got[sample, : len(active)], want[sample, active].flatten(1), context=f"sample {sample}")
             assert np.isnan(got[sample, len(active) :]).all(), "rows that do not run were written"

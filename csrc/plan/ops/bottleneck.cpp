@@ -26,15 +26,6 @@ constexpr int64_t kMaxConvolvedFloats = 48 * 1024;
 
 int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-class AbsorbedOp final : public Op {
- public:
-  using Op::Op;
-  int64_t chunks_per_sample() const override { return 0; }
-  int64_t scratch_floats() const override { return 0; }
-  void compute(const RunView&, int64_t, int64_t, float*) const override {}
-  void commit(const RunView&, int64_t, int64_t, float*) const override {}
-};
-
 // A 1x1 convolution, its constants by true channel.
 struct Pointwise {
   Rows in, out;
@@ -132,6 +123,7 @@ class BottleneckOp final : public Op, public Compensated {
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
     const Chunk chunk = chunk_of(run, sample, part);
     const Inputs inputs = expands_ ? pack_inputs(run, sample, chunk, scratch) : Inputs{};
+    const float* expanded_bias = expands_ ? fill_bias(run, sample, expand_, expand_compensation_, chunk.channels, scratch + layout_.expanded_bias) : nullptr;
     std::fill_n(scratch + layout_.zeros, align(map_.shape().in_width), 0.0f);
     int64_t first = chunk.channels.begin;
     do {
@@ -139,13 +131,13 @@ class BottleneckOp final : public Op, public Compensated {
       float* convolved = scratch + layout_.convolved + (projects_ ? 0 : (first - chunk.channels.begin) * out_stride_);
       for (int64_t i = first; i < last; i += expanded_) {
         const Range rows{i, std::min(last, i + expanded_)};
-        if (expands_) expand(chunk, inputs, rows, scratch);
+        if (expands_) expand(chunk, inputs, rows, expanded_bias + (i - chunk.channels.begin), scratch);
         convolve(run, sample, chunk, rows, convolved + (i - first) * out_stride_, scratch);
       }
       if (projects_) project(run, sample, chunk, {first, last}, scratch);
       first = last;
     } while (first < chunk.channels.end);
-    if (projects_) fill_bias(run, sample, scratch + layout_.bias);
+    if (projects_) fill_bias(run, sample, project_, compensation_, {0, num_outputs(run, sample)}, scratch + layout_.bias);
   }
 
   void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
@@ -183,6 +175,8 @@ class BottleneckOp final : public Op, public Compensated {
   std::vector<int64_t> compensation_sizes() const override {
     return projects_ ? std::vector<int64_t>{project_.out_channels, channels_} : std::vector<int64_t>{};
   }
+  // Of inputs of the expansion that do not run.
+  void set_expand_compensation(const float* matrix) { expand_compensation_ = matrix; }
 
  private:
   struct Chunk {
@@ -202,7 +196,7 @@ class BottleneckOp final : public Op, public Compensated {
   };
 
   struct Layout {
-    int64_t zeros, inputs, expanded, lines, convolved, sums, bias, end;
+    int64_t zeros, inputs, expanded_bias, expanded, lines, convolved, sums, bias, end;
   };
 
   void lay_out(int num_threads) {
@@ -232,7 +226,8 @@ class BottleneckOp final : public Op, public Compensated {
     for (int64_t i = 0; i < std::max(channels_, expand_.in_channels); ++i) columns_.push_back(static_cast<int32_t>(i));
     layout_.zeros = 0;
     layout_.inputs = align(window.in_width);
-    layout_.expanded = layout_.inputs + align(expand_.in_channels * in_stride_);
+    layout_.expanded_bias = layout_.inputs + align(expand_.in_channels * in_stride_);
+    layout_.expanded = layout_.expanded_bias + (expands_ ? align(channels_) : 0);
     layout_.lines = layout_.expanded + (expands_ ? align(expanded_ * in_stride_) : 0);
     layout_.convolved = layout_.lines + align(map_.rows_seen(most_rows) * map_.lines().stride);
     layout_.sums = layout_.convolved + align(convolved_ * out_stride_);
@@ -273,7 +268,8 @@ class BottleneckOp final : public Op, public Compensated {
     return inputs;
   }
 
-  void expand(const Chunk& chunk, const Inputs& inputs, Range rows, float* scratch) const {
+  // `bias`: of these rows, one after the other.
+  void expand(const Chunk& chunk, const Inputs& inputs, Range rows, const float* bias, float* scratch) const {
     const int64_t count = rows.end - rows.begin;
     float* out = scratch + layout_.expanded;
     const float* panel = scratch + layout_.inputs;
@@ -281,7 +277,7 @@ class BottleneckOp final : public Op, public Compensated {
       const int64_t width = tile.vectors * kernels_.lanes;
       kernels_.pointwise({count, inputs.count, width, expand_.weight, expand_.in_channels,
                           chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, inputs.columns, panel, width,
-                          expand_.bias, expanded_clamp_.low, expanded_clamp_.high, out + tile.first, in_stride_});
+                          bias, expanded_clamp_.low, expanded_clamp_.high, out + tile.first, in_stride_});
       panel += inputs.count * width;
     }
     expanded_clamp_.apply_rest(kernels_, count, chunk.band->window.in_height * map_.window().in_width, out, in_stride_);
@@ -307,14 +303,17 @@ class BottleneckOp final : public Op, public Compensated {
     }
   }
 
-  void fill_bias(const RunView& run, int64_t sample, float* bias) const {
-    const int64_t rows = num_outputs(run, sample);
-    const int32_t* index = project_.out_site < 0 ? nullptr : run.active(project_.out_site, sample).index;
-    if (compensation_ != nullptr && site_ >= 0) {
-      kernels_.dot_rows({rows, channels_, compensation_, channels_, index, 0, run.active(site_, sample).inactive, project_.bias, bias});
-      return;
+  // Writes the biases of some of the active outputs of a 1x1 convolution, one after the other, with what its inactive inputs add.
+  const float* fill_bias(const RunView& run, int64_t sample, const Pointwise& layer, const float* compensation, Range outputs, float* bias) const {
+    const int32_t* index = layer.out_site < 0 ? nullptr : run.active(layer.out_site, sample).index + outputs.begin;
+    const int64_t count = outputs.end - outputs.begin;
+    if (compensation != nullptr && layer.in_site >= 0) {
+      kernels_.dot_rows({count, layer.in_channels, compensation, layer.in_channels, index, outputs.begin,
+                         run.active(layer.in_site, sample).inactive, layer.bias, bias});
+    } else {
+      for (int64_t i = 0; i < count; ++i) bias[i] = layer.bias[index != nullptr ? index[i] : outputs.begin + i];
     }
-    for (int64_t i = 0; i < rows; ++i) bias[i] = project_.bias[index != nullptr ? index[i] : i];
+    return bias;
   }
 
   const KernelTable& kernels_;
@@ -331,11 +330,31 @@ class BottleneckOp final : public Op, public Compensated {
   bool projects_ = false;
   Pointwise expand_, project_;
   const float* compensation_ = nullptr;
+  const float* expand_compensation_ = nullptr;
   std::vector<int32_t> columns_;  // 0, 1, 2, ...
   int64_t channel_parts_ = 1;
   int64_t in_stride_ = 0, out_stride_ = 0;    // floats of a row in scratch
   int64_t expanded_ = 1, convolved_ = 1;      // channels at a time
   Layout layout_{};
+};
+
+// A step that `taker` runs. What compensates its inputs goes there too.
+class AbsorbedOp final : public Op, public Compensated {
+ public:
+  AbsorbedOp(StepSpec spec, BottleneckOp& taker) : Op(std::move(spec)), taker_(taker) {}
+  int64_t chunks_per_sample() const override { return 0; }
+  int64_t scratch_floats() const override { return 0; }
+  void compute(const RunView&, int64_t, int64_t, float*) const override {}
+  void commit(const RunView&, int64_t, int64_t, float*) const override {}
+  void set_compensation(const float* matrix) override { taker_.set_expand_compensation(matrix); }
+  std::vector<int64_t> compensation_sizes() const override {
+    if (spec_.op != "conv") return {};
+    const Pointwise layer = read_pointwise(spec_);
+    return {layer.out_channels, layer.in_channels};
+  }
+
+ private:
+  BottleneckOp& taker_;
 };
 
 bool is_bf16(const StepSpec* spec) { return spec != nullptr && SpecReader(*spec).integer("bf16", 0) != 0; }
@@ -353,6 +372,8 @@ std::unique_ptr<Op> make_bottleneck(const std::vector<StepSpec>& specs, const Ke
   return std::make_unique<BottleneckOp>(parts, kernels, make_bands(map.window(), bands), num_threads);
 }
 
-std::unique_ptr<Op> make_absorbed(StepSpec spec) { return std::make_unique<AbsorbedOp>(std::move(spec)); }
+std::unique_ptr<Op> make_absorbed(StepSpec spec, Op& taker) {
+  return std::make_unique<AbsorbedOp>(std::move(spec), dynamic_cast<BottleneckOp&>(taker));
+}
 
 }  // namespace dynprune

@@ -13,7 +13,7 @@ namespace dynprune {
 // the steps one by one are expected to take less time.
 std::unique_ptr<Op> make_bottleneck(const std::vector<StepSpec>& parts, const KernelTable& kernels, int num_threads);
 
-// What stands in a plan for a step that a later one has taken over: no chunks.
-std::unique_ptr<Op> make_absorbed(StepSpec spec);
+// What stands in a plan for a step that a later one, made by make_bottleneck, has taken over and that lives as long: no chunks.
+std::unique_ptr<Op> make_absorbed(StepSpec spec, Op& taker);
 
 }  // namespace dynprune

@@ -36,8 +36,7 @@ def mark_fused(
         if step.op != "depthwise":
             continue
         before = steps[i - 1] if i > 0 and i - 1 not in until else None
-        # An expansion of gated channels stays a step of its own, which knows how to compensate those that do not run.
-        expands = before is not None and before.in_site < 0 and _is_pointwise(before) and hands_on(before, step)
+        expands = before is not None and _is_pointwise(before) and hands_on(before, step)
         first = i - 1 if expands else i
         last = i + 1 if i + 1 < len(steps) and _is_pointwise(steps[i + 1]) and hands_on(step, steps[i + 1]) else i
         if first < last:
