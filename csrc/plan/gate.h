@@ -51,6 +51,9 @@ class GateState {
   // Makes the gates run even where they have nothing to decide, so that they can be timed.
   void set_always_run(bool on) { always_run_ = on; }
 
+  // Whether every list has all its channels, and no gate can change that in this inference.
+  bool all_whole() const { return all_whole_ && !gates_run(); }
+
   const ActiveList* const* lists() const { return rows_.data(); }
   const ActiveList& list(int64_t site, int64_t sample) const { return rows_[site][sample]; }
   float level() const { return level_.load(std::memory_order_relaxed); }
@@ -70,7 +73,7 @@ class GateState {
   AlignedBuffer<float> inactive_;
   bool given_ = false;
   bool always_run_ = false;
-  bool all_whole_ = true;  // every list has all channels
+  bool all_whole_ = true;  // every list has all channels, unless gates run
   std::atomic<float> level_{0.0f};
   float start_level_ = 0.0f;
   int64_t deadline_ns_ = 0;

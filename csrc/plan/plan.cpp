@@ -68,6 +68,7 @@ Plan::Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTab
   }
   make_ops(num_threads);
   spec_.steps.clear();
+  whole_ = whole();
 }
 
 // How many of the steps before it a step runs along.
@@ -227,6 +228,7 @@ void Plan::set_compensation(int64_t step, const float* matrix) {
 void Plan::set_costs(std::vector<StepCost> costs) {
   if (costs.size() != ops_.size()) fail("a plan of " + std::to_string(ops_.size()) + " steps got " + std::to_string(costs.size()) + " costs.");
   costs_ = std::move(costs);
+  whole_ = whole();
 }
 
 double Plan::work_share(int64_t step, const GateState& gates, int64_t sample) const {
@@ -248,7 +250,18 @@ int64_t Plan::rows_run(int64_t site, const GateState& gates, int64_t sample) con
   return gates.list(site, sample).count;
 }
 
+Executed Plan::whole() const {
+  Executed total;
+  for (int64_t step = 0; step < num_steps(); ++step) {
+    if (for_gates_[step]) continue;
+    total.macs += static_cast<double>(macs_[step]);
+    total.predicted_ns += costs_[step].fixed_ns + costs_[step].scaled_ns;
+  }
+  return total;
+}
+
 Executed Plan::executed(const GateState& gates, int64_t batch) const {
+  if (gates.all_whole()) return {whole_.macs * static_cast<double>(batch), whole_.predicted_ns * static_cast<double>(batch)};
   Executed total;
   for (int64_t step = 0; step < num_steps(); ++step) {
     for (int64_t sample = 0; sample < batch; ++sample) {

@@ -68,6 +68,7 @@ class Plan {
   Executed executed(const GateState& gates, int64_t batch) const;
 
  private:
+  Executed whole() const;
   int64_t num_fused(int64_t step) const;
   int64_t first_step_for(int64_t step) const;
   void choose_looks();
@@ -90,6 +91,7 @@ class Plan {
   std::vector<StepSites> step_sites_;
   std::vector<int64_t> macs_;
   std::vector<StepCost> costs_;
+  Executed whole_;  // of one sample, where everything runs but what is for gates
   std::vector<GateOp*> gate_of_site_;
   int64_t scratch_floats_ = 0;
 };
