@@ -141,7 +141,8 @@ struct Bf16PanelArgs {
   uint32_t* panel;  // [items of k][width]
 };
 
-// out[i][p] = (accumulate ? out[i][p] : 0) + sum_j weight[row_offset[i] + j * kPackedRows] * panel[j][p] for p < width + tail.
+// out[i][p] = (accumulate ? out[i][p] : 0) + sum_j weight[row_offset[i] + j * kPackedRows] * panel[j][p] for p < width + tail; with a
+// bias, which goes with neither accumulate nor tail, clamp(bias[i] + sum_j ..., low, high).
 struct Bf16GemmArgs {
   int64_t m;
   int64_t items;
@@ -154,6 +155,8 @@ struct Bf16GemmArgs {
   float* out;
   int64_t out_stride;
   bool accumulate;
+  const float* bias;
+  float low, high;
 };
 
 // out[i][p] = act(in[i][p] + bias[i] + residual[i][p]) for p < n; bias and residual may be null; in == out is allowed.

@@ -9,6 +9,7 @@
 
 #include "base/bf16.h"
 #include "kernels.h"
+#include "kernels/activation-inl.h"
 #include "kernels/conv_pack-inl.h"
 #include "kernels/gemm_tile-inl.h"
 
@@ -117,7 +118,7 @@ void bf16_pack_shifted(const Bf16PackShiftedArgs& a) {
 
 #endif
 
-template <int MR, int NV>
+template <int MR, int NV, bool kFinish>
 void bf16_tile(const Bf16GemmArgs& a, int64_t first) {
   const uint32_t* weight[MR];
   Vec sum[MR][NV];
@@ -127,7 +128,13 @@ void bf16_tile(const Bf16GemmArgs& a, int64_t first) {
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) sum[i][v] = a.accumulate ? load(out + i * a.out_stride + v * Vec::kLanes) : zero();
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (kFinish) {
+        sum[i][v] = set1(a.bias[first + i]);
+      } else {
+        sum[i][v] = a.accumulate ? load(out + i * a.out_stride + v * Vec::kLanes) : zero();
+      }
+    }
   }
   const uint32_t* panel = a.panel;
   for (int64_t j = 0; j < a.items; ++j, panel += a.panel_stride) {
@@ -143,31 +150,35 @@ void bf16_tile(const Bf16GemmArgs& a, int64_t first) {
       for (int v = 0; v < NV; ++v) sum[i][v] = multiply_items(w, x[v], sum[i][v]);
     }
   }
+  const Vec low = set1(a.low);
+  const Vec high = set1(a.high);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(out + i * a.out_stride + v * Vec::kLanes, sum[i][v]);
+    for (int v = 0; v < NV; ++v) {
+      store(out + i * a.out_stride + v * Vec::kLanes, kFinish ? clamp(sum[i][v], low, high) : sum[i][v]);
+    }
   }
 }
 
-template <int MR, int NV>
+template <int MR, int NV, bool kFinish>
 void bf16_some(const Bf16GemmArgs& a, int64_t first, int64_t rows) {
   if constexpr (MR > 0) {
-    if (rows == MR) return bf16_tile<MR, NV>(a, first);
-    bf16_some<MR - 1, NV>(a, first, rows);
+    if (rows == MR) return bf16_tile<MR, NV, kFinish>(a, first);
+    bf16_some<MR - 1, NV, kFinish>(a, first, rows);
   }
 }
 
-template <int NV>
+template <int NV, bool kFinish>
 void bf16_width(const Bf16GemmArgs& a, int64_t begin, int64_t end) {
   if constexpr (NV > 0) {
-    if (a.width != NV * Vec::kLanes) return bf16_width<NV - 1>(a, begin, end);
+    if (a.width != NV * Vec::kLanes) return bf16_width<NV - 1, kFinish>(a, begin, end);
     constexpr int kRows = max_tile_rows<NV>();
-    for (; end - begin >= 2 * kRows; begin += kRows) bf16_tile<kRows, NV>(a, begin);
+    for (; end - begin >= 2 * kRows; begin += kRows) bf16_tile<kRows, NV, kFinish>(a, begin);
     const int64_t rest = end - begin;
     const int64_t first = rest <= kRows ? rest : rest == kRows + kRows / 2 ? kRows : (rest + 1) / 2;
-    bf16_some<kRows, NV>(a, begin, first);
-    bf16_some<kRows, NV>(a, begin + first, rest - first);
+    bf16_some<kRows, NV, kFinish>(a, begin, first);
+    bf16_some<kRows, NV, kFinish>(a, begin + first, rest - first);
   }
 }
 
@@ -225,11 +236,12 @@ void bf16_tails(const Bf16GemmArgs& a, int64_t begin, int64_t end) {
 }
 
 void bf16_gemm(const Bf16GemmArgs& a) {
-  if (a.tail == 0) return bf16_width<kGemmMaxVectors>(a, 0, a.m);
+  if (a.bias != nullptr) return bf16_width<kGemmMaxVectors, true>(a, 0, a.m);
+  if (a.tail == 0) return bf16_width<kGemmMaxVectors, false>(a, 0, a.m);
   constexpr int64_t kBlockRows = 4 * kPackedRows;  // whose weights are still near when the tail reads them again
   for (int64_t begin = 0; begin < a.m; begin += kBlockRows) {
     const int64_t end = begin + kBlockRows < a.m ? begin + kBlockRows : a.m;
-    bf16_width<kGemmMaxVectors>(a, begin, end);
+    bf16_width<kGemmMaxVectors, false>(a, begin, end);
     bf16_tails<kGemmMaxTail>(a, begin, end);
   }
 }

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from conftest import ISAS
 from helpers import LIST_KINDS
+from test_bottleneck import GATED, PARTS, Block, check_gated, check_whole
+from test_bottleneck import SHAPES as BLOCK_SHAPES
+from test_bottleneck import run as run_block
+from test_bottleneck import shape_id as block_id
 from test_conv import SHAPES, ConvCase, linear_case
 
 from dynprune.runtime import _C
@@ -64,6 +68,32 @@ def test_linear_equals_pytorch(isa, features, outputs, in_kind, out_kind):
 def test_linear_with_many_outputs_and_compensation(isa):
     linear_case(isa, 150, 4200, "random", None, num_threads=3, compensation=True, bf16=True)
     linear_case(isa, 6 * 49, 500, "random", "random", repeat=49, bf16=True)
+
+
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=block_id)
+@pytest.mark.parametrize("parts", PARTS)
+def test_fused_blocks_equal_torch(isa, shape, parts):
+    check_whole(isa, Block(shape, parts, bf16=True))
+
+
+@pytest.mark.parametrize("kind", LIST_KINDS)
+@pytest.mark.parametrize("parts", PARTS)
+def test_fused_blocks_with_lists(isa, kind, parts):
+    check_gated(isa, Block(GATED, parts, bf16=True), kind)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_fused_blocks_round_as_their_parts_do(isa, parts):
+    block = Block((24, 72, 20, 28, 28, 3, 1, 1), parts, inner=(5, 0.0, 0.0), bf16=True)
+    for name in ("expand", "depthwise", "project"):
+        weight, bias = getattr(block, name)
+        setattr(block, name, (block.rng.standard_normal(weight.shape, dtype=np.float32) / np.float32(4), bias))
+    x = block.rng.standard_normal((1, block.first, 28, 28), dtype=np.float32)
+    fused = run_block(isa, block, block.spec(fused=True), [x])
+    apart = run_block(isa, block, block.spec(fused=False), [x], must_fuse=False)
+    error, scale = np.abs(fused - apart), np.abs(apart).max()
+    # Sums in another order are now and then rounded to the other neighbour.
+    assert error.max() < 2e-3 * scale and np.median(error) < 1e-6 * scale
 
 
 def test_a_nan_stays_a_nan_and_the_largest_values_become_infinite(isa):

@@ -23,6 +23,7 @@ SHAPES = [
     (2, 6, 2, 1, 5, 3, 1, 1),
     (24, 72, 24, 56, 56, 3, 1, 1),
 ]
+GATED = (11, 40, 9, 14, 13, 3, 1, 1)
 PARTS = ("expand depthwise project", "expand depthwise", "depthwise project")
 
 
@@ -35,24 +36,26 @@ def activated(x, kind):
 
 
 class Block:
-    """Random weights of the parts, as steps of a plan and in torch (float64)."""
+    """Random weights of the parts, as steps of a plan and in torch (float64).
 
-    def __init__(self, shape, parts: str = PARTS[0], *, inner=RELU6, outer=None, residual: bool = False, seed: int = 0):
-        self.shape, self.parts, self.inner, self.outer, self.residual = shape, parts.split(), inner, outer, residual
+    With `bf16` the 1x1 parts run in bfloat16 and all numbers are small and whole, so that nothing is lost by rounding them.
+    """
+
+    def __init__(self, shape, parts: str = PARTS[0], *, inner=RELU6, outer=None, residual: bool = False, bf16: bool = False, seed: int = 0):
+        self.shape, self.parts, self.inner, self.outer, self.residual, self.bf16 = shape, parts.split(), inner, outer, residual, bf16
         inputs, channels, outputs, height, width, kernel, stride, padding = shape
         self.out_size = [(n + 2 * padding - kernel) // stride + 1 for n in (height, width)]
-        rng = np.random.default_rng(seed)
-        self.rng = rng
-        first = inputs if "expand" in self.parts else channels
-        last = outputs if "project" in self.parts else channels
-        self.first, self.last = first, last
+        self.rng = np.random.default_rng(seed)
+        self.first = inputs if "expand" in self.parts else channels
+        self.last = outputs if "project" in self.parts else channels
+        self.expand = (self.random(channels, inputs, spread=inputs**-0.5), self.random(channels))
+        self.depthwise = (self.random(channels, kernel * kernel, spread=1 / kernel), self.random(channels))
+        self.project = (self.random(outputs, channels, spread=channels**-0.5), self.random(outputs))
 
-        def normal(*sizes):
-            return rng.standard_normal(sizes, dtype=np.float32)
-
-        self.expand = (normal(channels, inputs) / np.float32(inputs**0.5), normal(channels))
-        self.depthwise = (normal(channels, kernel * kernel) / kernel, normal(channels))
-        self.project = (normal(outputs, channels) / np.float32(channels**0.5), normal(outputs))
+    def random(self, *sizes: int, spread: float = 1.0):
+        if self.bf16:
+            return self.rng.integers(-2, 3, sizes).astype(np.float32)
+        return self.rng.standard_normal(sizes, dtype=np.float32) * np.float32(spread)
 
     def spec(self, *, fused: bool, sites=(), in_site=-1, site=-1, out_site=-1, branches=()) -> dict:
         inputs, channels, _, height, width, kernel, stride, padding = self.shape
@@ -79,6 +82,8 @@ class Block:
                 "stride": [stride] * 2 if part == "depthwise" else [1, 1],
                 "padding": [padding] * 4 if part == "depthwise" else [0] * 4,
             }
+            if self.bf16 and part != "depthwise":
+                step["ints"]["bf16"] = [1]
             activation = self.outer if part == "project" else self.inner
             if activation is not None:
                 step["ints"]["activation"], step["floats"] = [activation[0]], {"activation": list(activation[1:])}
@@ -126,17 +131,20 @@ def run(isa, block, spec, arrays, *, active=(), num_threads=1, compensation=None
     return output
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-@pytest.mark.parametrize("parts", PARTS)
-def test_equals_torch(isa, shape, parts) -> None:
-    block = Block(shape, parts)
-    x = block.rng.standard_normal((2, block.first, *shape[3:5]), dtype=np.float32)
+def check_whole(isa, block) -> None:
+    x = block.random(2, block.first, *block.shape[3:5])
     want = block.torch(x)
     if "project" in block.parts:
         want = block.projected(want)
     for num_threads in (1, 2, 5):
         got = run(isa, block, block.spec(fused=True), [x], num_threads=num_threads, must_fuse=num_threads == 1)
         assert_close(got, want.flatten(2), context=f"{num_threads} threads")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("parts", PARTS)
+def test_equals_torch(isa, shape, parts) -> None:
+    check_whole(isa, Block(shape, parts))
 
 
 @pytest.mark.parametrize(("inner", "outer", "residual"), list(itertools.product((RELU6, SILU, None), (None, SILU), (False, True))))
@@ -148,14 +156,11 @@ def test_activations_and_residual(isa, inner, outer, residual) -> None:
     assert_close(got, block.projected(block.torch(x), extra if residual else None).flatten(2))
 
 
-@pytest.mark.parametrize("kind", LIST_KINDS)
-@pytest.mark.parametrize("parts", PARTS)
-def test_gated_channels(isa, kind, parts) -> None:
-    """Inputs, inner channels and outputs follow lists of their own, each sample another one."""
-    block = Block((11, 40, 9, 14, 13, 3, 1, 1), parts)
+def check_gated(isa, block, kind) -> None:
+    """Inputs, the 40 inner channels of a 14x13 plane, and outputs follow lists of their own, each sample another one."""
     sizes, batch = (block.first, 40, block.last), 3
     lists = [[active_list(kind, size, block.rng) for _ in range(batch)] for size in sizes]
-    whole = block.rng.standard_normal((batch, block.first, 14, 13), dtype=np.float32)
+    whole = block.random(batch, block.first, 14, 13)
     if "expand" not in block.parts:
         lists[0] = lists[1]
     if "project" not in block.parts:
@@ -166,7 +171,7 @@ def test_gated_channels(isa, kind, parts) -> None:
         masked[sample, active] = whole[sample, active]
     of_inputs, shift = None, 0.0
     if "expand" in block.parts:
-        of_inputs = block.rng.standard_normal((40, block.first), dtype=np.float32)
+        of_inputs = block.random(40, block.first)
         missing = [np.delete(of_inputs.astype(np.float64), active, 1).sum(1) for active in lists[0]]
         shift = torch.from_numpy(np.stack(missing))[:, :, None, None]
     want = block.torch(masked, shift)
@@ -174,7 +179,7 @@ def test_gated_channels(isa, kind, parts) -> None:
         want[sample, np.setdiff1d(np.arange(40), active)] = 0
     compensation = None
     if "project" in block.parts:
-        compensation = block.rng.standard_normal((block.last, 40), dtype=np.float32)
+        compensation = block.random(block.last, 40)
         want = block.projected(want)
         for sample, active in enumerate(lists[1]):
             inactive = np.setdiff1d(np.arange(40), active)
@@ -187,6 +192,12 @@ def test_gated_channels(isa, kind, parts) -> None:
         for sample, active in enumerate(lists[2]):
             assert_close(got[sample, : len(active)], want[sample, active].flatten(1), context=f"sample {sample}")
             assert np.isnan(got[sample, len(active) :]).all(), "rows that do not run were written"
+
+
+@pytest.mark.parametrize("kind", LIST_KINDS)
+@pytest.mark.parametrize("parts", PARTS)
+def test_gated_channels(isa, kind, parts) -> None:
+    check_gated(isa, Block(GATED, parts), kind)
 
 
 def test_a_branch_that_is_off_hands_its_input_on(isa) -> None:

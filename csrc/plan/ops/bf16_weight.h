@@ -24,6 +24,21 @@ class Bf16Weight {
     }
   }
 
+  // Where the items of some rows of `index` (nullptr: each row is itself) begin: in the weight where it holds pairs, otherwise in what
+  // `bf16_tiles` makes, `item_stride` apart, of the tiles written to `tile_index`; returns how many. A late reader's rows may be out of
+  // order, with more changes of tile than the `max_tiles` that there are.
+  int64_t place_rows(const int32_t* index, Range rows, int64_t item_stride, int64_t max_tiles, int32_t* row_offset, int32_t* tile_index) const {
+    int64_t count = 0;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const int64_t row = groups_.packed_row(index != nullptr ? index[i] : i);
+      const auto tile = static_cast<int32_t>(row / kPackedRows);
+      if (count == 0 || (tile_index[count - 1] != tile && count < max_tiles)) tile_index[count++] = tile;
+      const int64_t first = pairs_ ? tile * (stride_ / 2) : (count - 1) * item_stride;
+      row_offset[i - rows.begin] = static_cast<int32_t>(first + row % kPackedRows);
+    }
+    return count;
+  }
+
   bool pairs() const { return pairs_; }
   int64_t tile_stride() const { return stride_; }  // in values
   const uint16_t* values() const { return values_.data(); }

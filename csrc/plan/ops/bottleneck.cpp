@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 
+#include "plan/ops/bf16_pointwise.h"
 #include "plan/ops/block_op.h"
 #include "plan/ops/bottleneck_bands.h"
 #include "plan/ops/factories.h"
@@ -34,6 +36,7 @@ struct Pointwise {
   const float* weight = nullptr;  // [out_channels][in_channels]
   const float* bias = nullptr;
   ActivationSpec activation;
+  bool bf16 = false;
 };
 
 Pointwise read_pointwise(const StepSpec& spec) {
@@ -54,6 +57,7 @@ Pointwise read_pointwise(const StepSpec& spec) {
   result.weight = reader.constant("weight", {shape.out_channels, shape.in_channels});
   result.bias = reader.constant("bias", {shape.out_channels});
   result.activation = reader.activation();
+  result.bf16 = reader.integer("bf16", 0) != 0;
   return result;
 }
 
@@ -122,8 +126,7 @@ class BottleneckOp final : public Op, public Compensated {
 
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
     const Chunk chunk = chunk_of(run, sample, part);
-    const Inputs inputs = expands_ ? pack_inputs(run, sample, chunk, scratch) : Inputs{};
-    const float* expanded_bias = expands_ ? fill_bias(run, sample, expand_, expand_compensation_, chunk.channels, scratch + layout_.expanded_bias) : nullptr;
+    const Inputs inputs = expands_ ? prepare_inputs(run, sample, chunk, scratch) : Inputs{};
     std::fill_n(scratch + layout_.zeros, align(map_.shape().in_width), 0.0f);
     int64_t first = chunk.channels.begin;
     do {
@@ -131,7 +134,7 @@ class BottleneckOp final : public Op, public Compensated {
       float* convolved = scratch + layout_.convolved + (projects_ ? 0 : (first - chunk.channels.begin) * out_stride_);
       for (int64_t i = first; i < last; i += expanded_) {
         const Range rows{i, std::min(last, i + expanded_)};
-        if (expands_) expand(chunk, inputs, rows, expanded_bias + (i - chunk.channels.begin), scratch);
+        if (expands_) expand(chunk, inputs, rows, scratch);
         convolve(run, sample, chunk, rows, convolved + (i - first) * out_stride_, scratch);
       }
       if (projects_) project(run, sample, chunk, {first, last}, scratch);
@@ -189,14 +192,16 @@ class BottleneckOp final : public Op, public Compensated {
     int64_t channel(int64_t i) const { return index != nullptr ? index[i] : i; }
   };
 
-  // The inputs of the expansion: how many rows, and the weight column of each.
+  // The inputs of the expansion: how many rows, the weight column of each, and what the chunk's channels begin with.
   struct Inputs {
     int64_t count = 0;
     const int32_t* columns = nullptr;
+    const float* bias = nullptr;
+    Bf16GemmArgs product{};  // of the chunk's channels, in bfloat16
   };
 
   struct Layout {
-    int64_t zeros, inputs, expanded_bias, expanded, lines, convolved, sums, bias, end;
+    int64_t zeros, stage, inputs, expand_bias, expand_weight, expanded, lines, convolved, project_weight, panel, sums, bias, end;
   };
 
   void lay_out(int num_threads) {
@@ -224,13 +229,20 @@ class BottleneckOp final : public Op, public Compensated {
       convolved_ = (channels_ + channel_parts_ - 1) / channel_parts_;
     }
     for (int64_t i = 0; i < std::max(channels_, expand_.in_channels); ++i) columns_.push_back(static_cast<int32_t>(i));
+    if (expand_.bf16) expand_bf16_.emplace(expand_.weight, channels_, expand_.in_channels, expand_.in_channels, expand_.in_site < 0, kernels_);
+    if (project_.bf16) project_bf16_.emplace(project_.weight, project_.out_channels, channels_, convolved_, false, kernels_);
+    const int64_t max_width = int64_t{kernels_.gemm_max_vectors} * kernels_.lanes;
     layout_.zeros = 0;
-    layout_.inputs = align(window.in_width);
-    layout_.expanded_bias = layout_.inputs + align(expand_.in_channels * in_stride_);
-    layout_.expanded = layout_.expanded_bias + (expands_ ? align(channels_) : 0);
+    layout_.stage = align(window.in_width);
+    layout_.inputs = layout_.stage + (expand_bf16_ ? align(expand_.in_channels * max_width) : 0);
+    layout_.expand_bias = layout_.inputs + align(expand_.in_channels * in_stride_);
+    layout_.expand_weight = layout_.expand_bias + (expands_ ? align(channels_) : 0);
+    layout_.expanded = layout_.expand_weight + (expand_bf16_ ? align(expand_bf16_->scratch_floats()) : 0);
     layout_.lines = layout_.expanded + (expands_ ? align(expanded_ * in_stride_) : 0);
     layout_.convolved = layout_.lines + align(map_.rows_seen(most_rows) * map_.lines().stride);
-    layout_.sums = layout_.convolved + align(convolved_ * out_stride_);
+    layout_.project_weight = layout_.convolved + align(convolved_ * out_stride_);
+    layout_.panel = layout_.project_weight + (project_bf16_ ? align(project_bf16_->scratch_floats()) : 0);
+    layout_.sums = layout_.panel + (project_bf16_ ? align(project_bf16_->items_of(convolved_) * max_width) : 0);
     layout_.bias = layout_.sums + align(project_.out_channels * out_stride_);
     layout_.end = layout_.bias + align(project_.out_channels);
   }
@@ -251,34 +263,57 @@ class BottleneckOp final : public Op, public Compensated {
     return std::min(run.num_active(project_.out_site, sample, project_.out_channels), project_.out_channels);
   }
 
-  // The rows of the inputs that the band sees, tile by tile: [tile][input][lanes of the tile].
-  Inputs pack_inputs(const RunView& run, int64_t sample, const Chunk& chunk, float* scratch) const {
+  // Packs the rows of the inputs that the band sees, tile by tile: [tile][input or item][lanes of the tile].
+  Inputs prepare_inputs(const RunView& run, int64_t sample, const Chunk& chunk, float* scratch) const {
     Inputs inputs;
     inputs.count = std::min(run.num_active(expand_.in_site, sample, expand_.in_channels), expand_.in_channels);
     inputs.columns = expand_.in_site < 0 ? columns_.data() : run.active(expand_.in_site, sample).index;
+    inputs.bias = fill_bias(run, sample, expand_, expand_compensation_, chunk.channels, scratch + layout_.expand_bias);
+    if (expand_bf16_) {
+      inputs.product = expand_bf16_->select(chunk.index, chunk.channels, inputs.columns, inputs.count, scratch + layout_.expand_weight);
+    }
     const int64_t first = chunk.band->first_in * map_.window().in_width;
     float* panel = scratch + layout_.inputs;
     for (const PositionTile& tile : *chunk.in_tiles) {
       const int64_t width = tile.vectors * kernels_.lanes;
-      for (int64_t k = 0; k < inputs.count; ++k, panel += width) {
-        std::memcpy(panel, run.row(expand_.in, sample, k) + first + tile.first, tile.count * sizeof(float));
-        std::fill(panel + tile.count, panel + width, 0.0f);
+      float* rows = expand_bf16_ ? scratch + layout_.stage : panel;
+      for (int64_t k = 0; k < inputs.count; ++k) {
+        std::memcpy(rows + k * width, run.row(expand_.in, sample, k) + first + tile.first, tile.count * sizeof(float));
+        std::fill(rows + k * width + tile.count, rows + (k + 1) * width, 0.0f);
       }
+      if (expand_bf16_) kernels_.bf16_panel({inputs.count, width, rows, width, reinterpret_cast<uint32_t*>(panel)});
+      panel += panel_rows(inputs) * width;
     }
     return inputs;
   }
 
-  // `bias`: of these rows, one after the other.
-  void expand(const Chunk& chunk, const Inputs& inputs, Range rows, const float* bias, float* scratch) const {
+  int64_t panel_rows(const Inputs& inputs) const { return expand_bf16_ ? inputs.product.items : inputs.count; }
+
+  void expand(const Chunk& chunk, const Inputs& inputs, Range rows, float* scratch) const {
     const int64_t count = rows.end - rows.begin;
+    const int64_t before = rows.begin - chunk.channels.begin;
     float* out = scratch + layout_.expanded;
     const float* panel = scratch + layout_.inputs;
     for (const PositionTile& tile : *chunk.in_tiles) {
       const int64_t width = tile.vectors * kernels_.lanes;
-      kernels_.pointwise({count, inputs.count, width, expand_.weight, expand_.in_channels,
-                          chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, inputs.columns, panel, width,
-                          bias, expanded_clamp_.low, expanded_clamp_.high, out + tile.first, in_stride_});
-      panel += inputs.count * width;
+      if (expand_bf16_) {
+        Bf16GemmArgs product = inputs.product;
+        product.m = count;
+        product.row_offset += before;
+        product.width = product.panel_stride = width;
+        product.panel = reinterpret_cast<const uint32_t*>(panel);
+        product.out = out + tile.first;
+        product.out_stride = in_stride_;
+        product.bias = inputs.bias + before;
+        product.low = expanded_clamp_.low;
+        product.high = expanded_clamp_.high;
+        kernels_.bf16_gemm(product);
+      } else {
+        kernels_.pointwise({count, inputs.count, width, expand_.weight, expand_.in_channels,
+                            chunk.index != nullptr ? chunk.index + rows.begin : nullptr, rows.begin, inputs.columns, panel, width,
+                            inputs.bias + before, expanded_clamp_.low, expanded_clamp_.high, out + tile.first, in_stride_});
+      }
+      panel += panel_rows(inputs) * width;
     }
     expanded_clamp_.apply_rest(kernels_, count, chunk.band->window.in_height * map_.window().in_width, out, in_stride_);
   }
@@ -296,10 +331,28 @@ class BottleneckOp final : public Op, public Compensated {
   void project(const RunView& run, int64_t sample, const Chunk& chunk, Range channels, float* scratch) const {
     const int32_t* rows = project_.out_site < 0 ? nullptr : run.active(project_.out_site, sample).index;
     const int32_t* columns = (chunk.index != nullptr ? chunk.index : columns_.data()) + channels.begin;
+    const int64_t num_rows = num_outputs(run, sample);
+    const int64_t count = channels.end - channels.begin;
+    const float* convolved = scratch + layout_.convolved;
+    float* sums = scratch + layout_.sums;
+    const bool accumulate = channels.begin > chunk.channels.begin;
+    if (!project_bf16_) {
+      for (const PositionTile& tile : *chunk.out_tiles) {
+        kernels_.gather_gemm({num_rows, count, tile.vectors * kernels_.lanes, 0, project_.weight, channels_, false, rows, 0, columns,
+                              convolved + tile.first, out_stride_, sums + tile.first, out_stride_, accumulate});
+      }
+      return;
+    }
+    auto* panel = reinterpret_cast<uint32_t*>(scratch + layout_.panel);
+    Bf16GemmArgs product = project_bf16_->select(rows, {0, num_rows}, columns, count, scratch + layout_.project_weight);
+    product.panel = panel;
+    product.out_stride = out_stride_;
+    product.accumulate = accumulate;
     for (const PositionTile& tile : *chunk.out_tiles) {
-      kernels_.gather_gemm({num_outputs(run, sample), channels.end - channels.begin, tile.vectors * kernels_.lanes, 0,
-                            project_.weight, channels_, false, rows, 0, columns, scratch + layout_.convolved + tile.first, out_stride_,
-                            scratch + layout_.sums + tile.first, out_stride_, channels.begin > chunk.channels.begin});
+      product.width = product.panel_stride = tile.vectors * kernels_.lanes;
+      product.out = sums + tile.first;
+      kernels_.bf16_panel({count, product.width, convolved + tile.first, out_stride_, panel});
+      kernels_.bf16_gemm(product);
     }
   }
 
@@ -329,6 +382,7 @@ class BottleneckOp final : public Op, public Compensated {
   bool expands_ = false;
   bool projects_ = false;
   Pointwise expand_, project_;
+  std::optional<Bf16Pointwise> expand_bf16_, project_bf16_;
   const float* compensation_ = nullptr;
   const float* expand_compensation_ = nullptr;
   std::vector<int32_t> columns_;  // 0, 1, 2, ...
@@ -357,16 +411,15 @@ class AbsorbedOp final : public Op, public Compensated {
   BottleneckOp& taker_;
 };
 
-bool is_bf16(const StepSpec* spec) { return spec != nullptr && SpecReader(*spec).integer("bf16", 0) != 0; }
-
 }  // namespace
 
 std::unique_ptr<Op> make_bottleneck(const std::vector<StepSpec>& specs, const KernelTable& kernels, int num_threads) {
   const Parts parts = sort_parts(specs);
   const WindowMap map(*parts.depthwise, kernels.lanes);
-  const BottleneckSizes sizes{parts.expand != nullptr ? read_pointwise(*parts.expand).in_channels : 0, map.shape().in_channels,
-                              parts.project != nullptr ? read_pointwise(*parts.project).out_channels : 0, map.window(),
-                              is_bf16(parts.expand) || is_bf16(parts.project) ? kernels.bf16_per_item : 1};
+  const Pointwise expand = parts.expand != nullptr ? read_pointwise(*parts.expand) : Pointwise{};
+  const Pointwise project = parts.project != nullptr ? read_pointwise(*parts.project) : Pointwise{};
+  const BottleneckSizes sizes{expand.in_channels, map.shape().in_channels, project.out_channels, map.window(),
+                              expand.bf16 || project.bf16 ? kernels.bf16_per_item : 1};
   const int64_t bands = choose_bands(sizes, kernels, num_threads);
   if (bands == 0) return nullptr;
   return std::make_unique<BottleneckOp>(parts, kernels, make_bands(map.window(), bands), num_threads);

@@ -23,8 +23,8 @@ constexpr double kLateWeight = 0.25;
 
 double vectors(int64_t positions, int lanes) { return static_cast<double>((positions + lanes - 1) / lanes) * lanes / 16.0; }
 
-double product_cycles(int64_t rows, int64_t columns, double vectors) {
-  return kProductCycles * static_cast<double>(rows * columns) * vectors;
+double product_cycles(const BottleneckSizes& sizes, int64_t rows, int64_t columns, double vectors) {
+  return kProductCycles / sizes.speed * static_cast<double>(rows * columns) * vectors;
 }
 
 double depthwise_cycles(const BottleneckSizes& sizes, int64_t rows, int lanes) {
@@ -36,8 +36,8 @@ double depthwise_cycles(const BottleneckSizes& sizes, int64_t rows, int lanes) {
 double band_cycles(const BottleneckSizes& sizes, const Band& band, int lanes) {
   const double in = vectors(band.window.in_height * sizes.window.in_width, lanes);
   const double out = vectors(band.num_rows * sizes.window.out_width, lanes);
-  return product_cycles(sizes.inner_channels, sizes.in_channels, in) + depthwise_cycles(sizes, band.num_rows, lanes) +
-         product_cycles(sizes.out_channels, sizes.inner_channels, out);
+  return product_cycles(sizes, sizes.inner_channels, sizes.in_channels, in) + depthwise_cycles(sizes, band.num_rows, lanes) +
+         product_cycles(sizes, sizes.out_channels, sizes.inner_channels, out);
 }
 
 // A step of its own multiplies few positions beside whole vectors with rows in the lanes.
@@ -54,9 +54,9 @@ double cycles_apart(const BottleneckSizes& sizes, const KernelTable& kernels, in
   const double out = vectors_apart(sizes.window.out_height * sizes.window.out_width, kernels);
   const double moved = (sizes.in_channels > 0 ? 2 * in : 0.0) + (sizes.out_channels > 0 ? 2 * out : 0.0);
   const bool near = num_threads == 1 && in_positions * sizes.inner_channels <= kNearFloats;
-  const double products = product_cycles(sizes.inner_channels, sizes.in_channels, in) +
-                          product_cycles(sizes.out_channels, sizes.inner_channels, out);
-  return products / sizes.speed_apart + depthwise_cycles(sizes, sizes.window.out_height, lanes) +
+  const double products = product_cycles(sizes, sizes.inner_channels, sizes.in_channels, in) +
+                          product_cycles(sizes, sizes.out_channels, sizes.inner_channels, out);
+  return products + depthwise_cycles(sizes, sizes.window.out_height, lanes) +
          (near ? kNearMoveCycles : kMoveCycles) * moved * static_cast<double>(sizes.inner_channels);
 }
 

@@ -24,7 +24,7 @@ struct BottleneckSizes {
   int64_t inner_channels;  // of the depthwise convolution
   int64_t out_channels;    // of the projection
   Window window;           // of the depthwise convolution over the whole plane
-  int speed_apart;         // multiply-adds at a time of the products that are not fused, in those of f32
+  int speed;               // multiply-adds of the products at a time, in those of f32
 };
 
 std::vector<Band> make_bands(const Window& window, int64_t count);

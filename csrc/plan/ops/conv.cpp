@@ -260,7 +260,7 @@ class ConvOp final : public Op, public Compensated {
     product.row_offset = row_offset;
     product.panel = panel;
     product.out_stride = chunk.width;
-    const int64_t num_tiles = place_rows(chunk, rows, row_offset, tile_index);
+    const int64_t num_tiles = bf16_->place_rows(chunk.index, rows, item_stride(), max_tiles(), row_offset, tile_index);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range pairs = part_of((reduction + 1) / 2, block, blocks);
       const Range k{2 * pairs.begin, std::min(2 * pairs.end, reduction)};
@@ -289,20 +289,6 @@ class ConvOp final : public Op, public Compensated {
         product.out += product.panel_stride;
       }
     }
-  }
-
-  // Where the rows' items begin: in the weight, or in what `bf16_tiles` makes of the tiles listed in `tile_index`; returns how many. A
-  // late reader's rows may be out of order, with more changes of tile than there are tiles.
-  int64_t place_rows(const Chunk& chunk, Range rows, int32_t* row_offset, int32_t* tile_index) const {
-    int64_t count = 0;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int64_t row = packed_groups().packed_row(chunk.channel(i));
-      const auto tile = static_cast<int32_t>(row / kPackedRows);
-      if (count == 0 || (tile_index[count - 1] != tile && count < max_tiles())) tile_index[count++] = tile;
-      const int64_t first = bf16_->pairs() ? tile * (bf16_->tile_stride() / 2) : (count - 1) * item_stride();
-      row_offset[i - rows.begin] = static_cast<int32_t>(first + row % kPackedRows);
-    }
-    return count;
   }
 
   void multiply_sparse(const RunView& run, int64_t sample, const Chunk& chunk, const int32_t* in_index, int64_t in_count, float* sums,
