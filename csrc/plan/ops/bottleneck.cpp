@@ -25,6 +25,8 @@ constexpr int64_t kMinExpanded = 12;
 constexpr int64_t kMaxExpandedFloats = 12 * 1024;
 // Convolved channels wait for the projection until they fill this many floats.
 constexpr int64_t kMaxConvolvedFloats = 48 * 1024;
+// Packing is an eighth of an expansion of so many rows, at the speed of f32.
+constexpr int64_t kMinPackedRows = 24;
 
 int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -92,7 +94,8 @@ Parts sort_parts(const std::vector<StepSpec>& parts) {
 
 class BottleneckOp final : public Op, public Compensated {
  public:
-  BottleneckOp(const Parts& parts, const KernelTable& kernels, std::vector<Band> bands, int num_threads)
+  // `speed`: as in BottleneckSizes.
+  BottleneckOp(const Parts& parts, const KernelTable& kernels, std::vector<Band> bands, int num_threads, int speed)
       : Op(parts.project != nullptr ? *parts.project : *parts.depthwise),
         kernels_(kernels),
         map_(*parts.depthwise, kernels.lanes),
@@ -118,7 +121,7 @@ class BottleneckOp final : public Op, public Compensated {
         last.check_rows("the residual", last.input(1), project_.out_channels, map_.shape().positions());
       }
     }
-    lay_out(num_threads);
+    lay_out(num_threads, speed);
   }
 
   int64_t chunks_per_sample() const override { return static_cast<int64_t>(bands_.size()) * channel_parts_; }
@@ -204,7 +207,7 @@ class BottleneckOp final : public Op, public Compensated {
     int64_t zeros, stage, inputs, expand_bias, expand_weight, expanded, lines, convolved, project_weight, panel, sums, bias, end;
   };
 
-  void lay_out(int num_threads) {
+  void lay_out(int num_threads, int speed) {
     const Window& window = map_.window();
     int64_t most_in = 0;
     int64_t most_out = 0;
@@ -224,7 +227,10 @@ class BottleneckOp final : public Op, public Compensated {
       convolved_ = std::max<int64_t>(1, kMaxConvolvedFloats / out_stride_ / expanded_) * expanded_;
     } else {
       const auto bands = static_cast<int64_t>(bands_.size());
-      const int64_t wanted = std::max<int64_t>(num_threads > 1 ? 2 * num_threads : 1, channels_ * most_out * bands / (2 * kMaxConvolvedFloats));
+      const int64_t floats = channels_ * most_out * bands;
+      int64_t wanted = std::max<int64_t>(num_threads > 1 ? 2 * num_threads : 1, floats / (2 * kMaxConvolvedFloats));
+      // Every part packs the inputs for itself.
+      if (expands_ && channels_ < wanted * kMinPackedRows * speed) wanted = num_threads;
       channel_parts_ = std::clamp<int64_t>((wanted + bands - 1) / bands, 1, std::max<int64_t>(1, channels_ / expanded_));
       convolved_ = (channels_ + channel_parts_ - 1) / channel_parts_;
     }
@@ -276,12 +282,18 @@ class BottleneckOp final : public Op, public Compensated {
     float* panel = scratch + layout_.inputs;
     for (const PositionTile& tile : *chunk.in_tiles) {
       const int64_t width = tile.vectors * kernels_.lanes;
-      float* rows = expand_bf16_ ? scratch + layout_.stage : panel;
-      for (int64_t k = 0; k < inputs.count; ++k) {
-        std::memcpy(rows + k * width, run.row(expand_.in, sample, k) + first + tile.first, tile.count * sizeof(float));
-        std::fill(rows + k * width + tile.count, rows + (k + 1) * width, 0.0f);
+      const float* rows = run.row(expand_.in, sample, 0) + first + tile.first;
+      int64_t stride = expand_.in.row_stride;
+      if (!expand_bf16_ || tile.count < width) {
+        float* copies = expand_bf16_ ? scratch + layout_.stage : panel;
+        for (int64_t k = 0; k < inputs.count; ++k) {
+          std::memcpy(copies + k * width, rows + k * stride, tile.count * sizeof(float));
+          std::fill(copies + k * width + tile.count, copies + (k + 1) * width, 0.0f);
+        }
+        rows = copies;
+        stride = width;
       }
-      if (expand_bf16_) kernels_.bf16_panel({inputs.count, width, rows, width, reinterpret_cast<uint32_t*>(panel)});
+      if (expand_bf16_) kernels_.bf16_panel({inputs.count, width, rows, stride, reinterpret_cast<uint32_t*>(panel)});
       panel += panel_rows(inputs) * width;
     }
     return inputs;
@@ -422,7 +434,7 @@ std::unique_ptr<Op> make_bottleneck(const std::vector<StepSpec>& specs, const Ke
                               expand.bf16 || project.bf16 ? kernels.bf16_per_item : 1};
   const int64_t bands = choose_bands(sizes, kernels, num_threads);
   if (bands == 0) return nullptr;
-  return std::make_unique<BottleneckOp>(parts, kernels, make_bands(map.window(), bands), num_threads);
+  return std::make_unique<BottleneckOp>(parts, kernels, make_bands(map.window(), bands), num_threads, sizes.speed);
 }
 
 std::unique_ptr<Op> make_absorbed(StepSpec spec, Op& taker) {
