@@ -67,6 +67,10 @@ void GateState::give(int64_t site, int64_t sample, const int32_t* groups, int64_
   publish(site, sample, groups, count);
 }
 
+bool GateState::all_whole() const {
+  return all_whole_ && !always_run_ && !watched() && gates_from_.load(std::memory_order_relaxed) == kNever;
+}
+
 void GateState::publish_all() {
   if (all_whole_) return;
   all_whole_ = true;

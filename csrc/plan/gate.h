@@ -51,8 +51,8 @@ class GateState {
   // Makes the gates run even where they have nothing to decide, so that they can be timed.
   void set_always_run(bool on) { always_run_ = on; }
 
-  // Whether every list has all its channels, and no gate can change that in this inference.
-  bool all_whole() const { return all_whole_ && !gates_run(); }
+  // Whether this inference runs every list whole, and no gate.
+  bool all_whole() const;
 
   const ActiveList* const* lists() const { return rows_.data(); }
   const ActiveList& list(int64_t site, int64_t sample) const { return rows_[site][sample]; }
