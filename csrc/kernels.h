@@ -342,16 +342,16 @@ struct BinaryArgs {
   int64_t out_stride;
 };
 
-// Layer norm or softmax along one axis of rows x n. "Columns": along the rows, one result per position; out_stride is a multiple of the
+// Layer norm, rms norm or softmax along one axis of rows x n. "Columns": along the rows, one result per position; out_stride is a multiple of the
 // lanes, at least n, and lanes from n to the next multiple are scratch. "Rows": along the positions of each row.
 struct NormalizeArgs {
   int64_t rows;
   int64_t n;
   const float* in;
   int64_t in_stride;
-  const float* weight;  // layer norm only; of the axis; may be null
+  const float* weight;  // not softmax; of the axis; may be null
   const float* bias;    // layer norm only; of the axis; may be null
-  float eps;            // layer norm only
+  float eps;            // not softmax
   float* out;
   int64_t out_stride;
 };
@@ -461,6 +461,8 @@ struct KernelTable {
   void (*binary)(const BinaryArgs&);
   void (*layer_norm_columns)(const NormalizeArgs&);
   void (*layer_norm_rows)(const NormalizeArgs&);
+  void (*rms_norm_columns)(const NormalizeArgs&);
+  void (*rms_norm_rows)(const NormalizeArgs&);
   void (*softmax_columns)(const NormalizeArgs&);
   void (*softmax_rows)(const NormalizeArgs&);
   void (*transpose)(const TransposeArgs&);

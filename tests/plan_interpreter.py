@@ -252,6 +252,13 @@ def layer_norm(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
     return (y.t() if step.ints["axis"] == [0] else y).contiguous()
 
 
+def rms_norm(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
+    x = operands[0].t() if step.ints["axis"] == [0] else operands[0]
+    weight = constant(step, "weight") if "weight" in step.constants else None
+    y = F.rms_norm(x, x.shape[-1:], weight, step.floats["eps"][0])
+    return (y.t() if step.ints["axis"] == [0] else y).contiguous()
+
+
 def attention(step: Step, operands: list[torch.Tensor]) -> torch.Tensor:
     outer, heads = step.ints.get("outer", [1])[0], step.ints["heads"][0]
     key_heads = step.ints.get("key_heads", [heads])[0]
@@ -308,5 +315,6 @@ OPS = {
     "affine": lambda step, operands: operands[0] * constant(step, "scale")[:, None] + constant(step, "shift")[:, None],
     "binary": binary,
     "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
     "softmax": lambda step, operands: operands[0].softmax(step.ints["axis"][0]),
 }

@@ -259,9 +259,56 @@ def test_idioms_become_the_operations_that_they_are():
     assert linear.module_path == "0.attn" and linear.arguments["weight"].args[0].tensor is model[0].attn.weight
 
 
+class Norm(nn.Module):
+    """The norm of Llama, T5 and others as transformers writes it."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size) + 0.5)
+
+    def forward(self, x):
+        y = x.to(torch.float32)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * y.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_written_out_norm_becomes_one_operation(dtype):
+    model, x = nn.Sequential(Norm(6), nn.RMSNorm(6)).to(dtype).eval(), torch.randn(2, 5, 6).to(dtype)
+    graph = capture(model, x)
+    assert [node.op for node in graph.nodes if node.op not in ("input", "constant")] == ["rms_norm", "rms_norm"]
+    first = node_of(graph, "rms_norm")
+    assert first.arguments["weight"].tensor is model[0].weight and first.arguments["eps"] == 1e-6
+    with torch.no_grad():
+        got = run_graph(graph, (x,))
+        torch.testing.assert_close(got, model(x), rtol=2e-2 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_a_norm_without_its_weight_and_one_that_is_read_twice():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(3))
+
+        def forward(self, x):
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return y * self.weight + y
+
+    model, x = Net(), torch.randn(2, 4, 3)
+    graph = capture(model, x)
+    assert node_of(graph, "rms_norm").arguments["weight"] is None
+    with torch.no_grad():
+        assert_same_results(run_graph(graph, (x,)), model(x))
+
+
 @pytest.mark.parametrize(
     "forward",
     [
+        lambda x: x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6),
+        lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6),
+        lambda x: x * torch.rsqrt(x.pow(2).mean((1, 2), keepdim=True) + 1e-6),
+        lambda x: x * torch.rsqrt(x.exp().pow(2).mean(-1, keepdim=True) + 1e-6),
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x.abs()),
         lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3))),
         lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**2))),
         lambda x: 0.5 * x * (2 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
@@ -270,7 +317,20 @@ def test_idioms_become_the_operations_that_they_are():
         lambda x: torch.einsum("bij,bik->bijk", x, x),
         lambda x: torch.einsum("b...j,kj->b...k", x, torch.eye(3)),
     ],
-    ids=["factor", "square", "two", "regrouped", "row products", "outer", "dots"],
+    ids=[
+        "cube",
+        "other dimension",
+        "two dimensions",
+        "of another",
+        "no number",
+        "factor",
+        "square",
+        "two",
+        "regrouped",
+        "row products",
+        "outer",
+        "dots",
+    ],
 )
 def test_what_only_looks_like_an_idiom_stays(forward):
     class Net(nn.Module):
@@ -279,7 +339,7 @@ def test_what_only_looks_like_an_idiom_stays(forward):
 
     x = torch.rand(2, 2, 3)
     graph = capture(Net(), x)
-    assert not {"gelu", "linear", "matmul"} & {node.op for node in graph.nodes}
+    assert not {"gelu", "linear", "matmul", "rms_norm"} & {node.op for node in graph.nodes}
     assert_same_results(run_graph(graph, (x,)), forward(x))
 
 

@@ -51,6 +51,8 @@ const KernelTable& avx2_kernels() {
       binary,
       layer_norm_columns,
       layer_norm_rows,
+      rms_norm_columns,
+      rms_norm_rows,
       softmax_columns,
       softmax_rows,
       transpose,

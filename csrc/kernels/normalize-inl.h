@@ -1,10 +1,11 @@
-// Layer norm and softmax, along the rows of each position (columns) or along the positions of each row.
+// Layer norm, norm by the root mean square, and softmax, along the rows of each position (columns) or along the positions of each row.
 //
 //   layer norm: out = (in - mean) / sqrt(variance + eps) * weight + bias, the variance taken around the mean in a second pass
+//   rms norm:   out = in / sqrt(mean of in^2 + eps) * weight
 //   softmax:    out = exp(in - max) / sum exp(in - max)
 //
-// Along the rows everything is vertical: lanes are positions, and the first pass copies the block to `out`, where the later passes find
-// it in the cache.
+// Along the rows everything is vertical: lanes are positions, and the first pass of layer norm and softmax copies the block to `out`,
+// where the later passes find it in the cache.
 #pragma once
 
 #include <cstdint>
@@ -69,6 +70,33 @@ void layer_norm_block(const NormalizeArgs& a, int64_t first) {
 }
 
 template <int NV>
+void rms_norm_block(const NormalizeArgs& a, int64_t first) {
+  const int64_t lanes_in_last = a.n - first - (NV - 1) * Vec::kLanes;
+  const auto read = [&](int64_t i, int v) {
+    const float* in = a.in + i * a.in_stride + first + v * Vec::kLanes;
+    return v + 1 < NV ? load(in) : load_lanes(in, lanes_in_last);
+  };
+  Vec factor[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) factor[v] = zero();
+  for (int64_t i = 0; i < a.rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const Vec x = read(i, v);
+      factor[v] = fma(x, x, factor[v]);
+    }
+  }
+  const Vec scale = set1(1.0f / static_cast<float>(a.rows));
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) factor[v] = div(set1(1.0f), sqrt(fma(factor[v], scale, set1(a.eps))));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    const Vec weight = set1(a.weight != nullptr ? a.weight[i] : 1.0f);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(a.out + i * a.out_stride + first + v * Vec::kLanes, mul(mul(read(i, v), factor[v]), weight));
+  }
+}
+
+template <int NV>
 void softmax_block(const NormalizeArgs& a, int64_t first) {
   Vec largest[NV];
   combine_rows<NV>(a, first, set1(-std::numeric_limits<float>::infinity()), [](Vec m, Vec x) { return max(m, x); }, largest);
@@ -103,6 +131,13 @@ void layer_norm_columns(const NormalizeArgs& a) {
   if (p < a.n) layer_norm_block<1>(a, p);
 }
 
+void rms_norm_columns(const NormalizeArgs& a) {
+  int64_t p = 0;
+  for (; p + 4 * Vec::kLanes <= a.n; p += 4 * Vec::kLanes) rms_norm_block<4>(a, p);
+  for (; p + Vec::kLanes < a.n; p += 2 * Vec::kLanes) rms_norm_block<2>(a, p);
+  if (p < a.n) rms_norm_block<1>(a, p);
+}
+
 void softmax_columns(const NormalizeArgs& a) {
   int64_t p = 0;
   for (; p + 4 * Vec::kLanes <= a.n; p += 4 * Vec::kLanes) softmax_block<4>(a, p);
@@ -127,6 +162,25 @@ void layer_norm_rows(const NormalizeArgs& a) {
       const Vec weight = a.weight != nullptr ? load_lanes(a.weight + p, lanes) : set1(1.0f);
       const Vec bias = a.bias != nullptr ? load_lanes(a.bias + p, lanes) : zero();
       store_lanes(out + p, fma(mul(sub(load_lanes(in + p, lanes), mean), inverse), weight, bias), lanes);
+    }
+  }
+}
+
+void rms_norm_rows(const NormalizeArgs& a) {
+  const float scale = 1.0f / static_cast<float>(a.n);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    const float* in = a.in + i * a.in_stride;
+    float* out = a.out + i * a.out_stride;
+    Vec squares = zero();
+    for (int64_t p = 0; p < a.n; p += Vec::kLanes) {
+      const Vec x = load_lanes(in + p, a.n - p);
+      squares = fma(x, x, squares);
+    }
+    const Vec factor = div(set1(1.0f), sqrt(set1(reduce_add(squares) * scale + a.eps)));
+    for (int64_t p = 0; p < a.n; p += Vec::kLanes) {
+      const int64_t lanes = a.n - p;
+      const Vec weight = a.weight != nullptr ? load_lanes(a.weight + p, lanes) : set1(1.0f);
+      store_lanes(out + p, mul(mul(load_lanes(in + p, lanes), factor), weight), lanes);
     }
   }
 }

@@ -25,6 +25,7 @@ constexpr Factory kFactories[] = {
     {"affine", make_affine},
     {"binary", make_binary},
     {"layer_norm", make_layer_norm},
+    {"rms_norm", make_rms_norm},
     {"softmax", make_softmax},
     {"attention", make_attention},
     {"matmul", make_matmul},

@@ -103,7 +103,7 @@ class ChannelTrace:
             for user in value.users:
                 if user.op == "batch_norm" or user.op in MIXING - {"linear"}:
                     return 1
-                if user.op in ("linear", "layer_norm"):
+                if user.op in ("linear", "layer_norm", "rms_norm"):
                     return len(node.shape) - 1
                 if user.op in UNARY | BINARY and user.shape == node.shape and user not in seen:
                     seen.add(user)
@@ -331,7 +331,7 @@ def _why_blocked(node: Node) -> str:
         return f"'{node.name}' splits its channels"
     if node.op == "cat":
         return f"its channels are concatenated with others ('{node.name}')"
-    if node.op in ("layer_norm", "group_norm", "softmax"):
+    if node.op in ("layer_norm", "rms_norm", "group_norm", "softmax"):
         return f"'{node.name}' normalises over its channels"
     if node.op in MOVES:
         return f"'{node.name}' splits, merges or moves its channels"

@@ -84,7 +84,7 @@ def hand_on(node: Node, source: Node, layout: Layout, shape: tuple[int | None, .
     if node.op in _ALONG:
         dims = a["dim"] if isinstance(a["dim"], list | tuple) else [a["dim"]]
         return None if layout.dim in {dim % rank for dim in dims} or not a.get("keepdim", True) else layout
-    if node.op == "layer_norm":
+    if node.op in ("layer_norm", "rms_norm"):
         return layout if layout.dim < rank - len(a["normalized_shape"]) else None
     return None
 

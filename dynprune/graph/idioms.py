@@ -4,6 +4,7 @@
 | --- | --- |
 | addmm(bias, x.view(-1, in), weight).view(..., out), GPT-2's linear layer | linear(x, weight.t(), bias) |
 | 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) | gelu(x, approximate="tanh") |
+| x rsqrt(mean(x^2) + eps) over the last dimension, times a weight | rms_norm(x, weight, eps), which casts x to float32 and back itself |
 | einsum of two operands that sums over one index | matmul of the two, permuted |
 """
 
@@ -17,6 +18,7 @@ from torch import fx
 
 aten = torch.ops.aten
 
+_CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
 _CLOSE = 1e-6
 """Factors written in the models differ from the exact ones by rounding only."""
 
@@ -28,6 +30,7 @@ def restore_idioms(graph: fx.Graph) -> None:
             _restore_linear(graph, node)
         elif node.target is aten.mul.Tensor:
             _restore_gelu(graph, node)
+            _restore_rms_norm(graph, node)
         elif node.target is aten.einsum.default:
             _restore_product(graph, node)
 
@@ -102,6 +105,57 @@ def _restore_gelu(graph: fx.Graph, node: fx.Node) -> None:
         node.replace_all_uses_with(gelu)
         _erase_unread(graph, node)
         return
+
+
+def _restore_rms_norm(graph: fx.Graph, node: fx.Node) -> None:
+    """The product with the reciprocal of the root mean square; or that of a norm, which nothing else reads, with its weight."""
+    for x, other in (node.args, node.args[::-1]) if len(node.args) == 2 else ():
+        if not all(isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor) for value in (x, other)):
+            continue
+        size = x.meta["val"].shape[-1:]
+        norm, eps = _uncast(x), _eps_of_norm(x, other)
+        if eps is not None:
+            args = (x, list(size), None, eps)
+        elif norm.target is aten.rms_norm.default and norm.args[2] is None and len(norm.users) == len(x.users) == 1:
+            source = _uncast(norm.args[0])
+            weight = other.meta["val"]
+            if tuple(weight.shape) != tuple(size) or not source.meta["val"].dtype == weight.dtype == node.meta["val"].dtype:
+                continue
+            args = (source, norm.args[1], other, norm.args[3])
+        else:
+            continue
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.rms_norm.default, args)
+            whole.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        _erase_unread(graph, node)
+        return
+
+
+def _eps_of_norm(x: fx.Node, factor: fx.Node) -> float | None:
+    """Returns eps where `factor` is rsqrt(mean(x^2) + eps) over the last dimension; None if it is not that."""
+    if factor.target is not aten.rsqrt.default or not isinstance(factor.args[0], fx.Node) or not isinstance(x.meta["val"].shape[-1], int):
+        return None
+    total = factor.args[0]
+    if total.target is not aten.add.Tensor or total.kwargs or len(total.args) != 2 or not isinstance(total.args[1], float):
+        return None
+    mean, eps = total.args
+    last = (-1, x.meta["val"].dim() - 1)
+    if (
+        mean.target is not aten.mean.dim
+        or mean.kwargs
+        or tuple(mean.args[2:]) != (True,)
+        or mean.args[1][0] not in last
+        or len(mean.args[1]) > 1
+    ):
+        return None
+    square = mean.args[0]
+    return eps if square.target is aten.pow.Tensor_Scalar and tuple(square.args) == (x, 2) else None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """Returns what a node was cast from, or the node itself."""
+    return node.args[0] if node.target in _CASTS else node
 
 
 def _times(node: object, factor: float) -> fx.Node | None:

@@ -177,7 +177,7 @@ def _varies_elsewhere(ids: Tensor, dim: int) -> bool:
 
 
 def _why(node: Node) -> str:
-    if node.op in ("layer_norm", "group_norm", "softmax"):
+    if node.op in ("layer_norm", "rms_norm", "group_norm", "softmax"):
         return f"'{node.name}' normalises over its channels"
     return f"'{node.name}' ({node.op}) may mix its channels"
 

@@ -1,4 +1,4 @@
-"""Layer norm and softmax along both axes against torch, for every instruction set."""
+"""Layer norm, rms norm and softmax along both axes against torch, for every instruction set."""
 
 import numpy as np
 import pytest
@@ -60,6 +60,39 @@ def test_many_chunks(isa):
     assert_close(layer_norm(isa, x, ROWS), torch_layer_norm(x, ROWS))
 
 
+def rms_norm(isa, x, axis, weight=None, eps=1e-6):
+    constants = {} if weight is None else {"weight": weight}
+    return run_step(isa, "rms_norm", [x], x.shape[1:], ints={"axis": [axis]}, floats={"eps": [eps]}, constants=constants)
+
+
+def torch_rms_norm(x, axis, weight=None, eps=1e-6):
+    x = torch.from_numpy(x).double()
+    if axis == ROWS:
+        x = x.transpose(1, 2)
+    y = F.rms_norm(x, x.shape[-1:], None if weight is None else torch.from_numpy(weight).double(), eps)
+    return y.transpose(1, 2) if axis == ROWS else y
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("axis", [ROWS, POSITIONS], ids=["rows", "positions"])
+@pytest.mark.parametrize("shape", [*SHAPES, (192, 1000)], ids=shape_id)
+def test_rms_norm_equals_torch(isa, shape, axis, affine):
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((2, *shape), dtype=np.float32) * 3 + 1
+    weight = rng.standard_normal(shape[axis], dtype=np.float32) if affine else None
+    assert_close(rms_norm(isa, x, axis, weight), torch_rms_norm(x, axis, weight))
+
+
+@pytest.mark.parametrize("axis", [ROWS, POSITIONS], ids=["rows", "positions"])
+def test_rms_norm_of_special_values(isa, axis):
+    x = np.random.default_rng(7).standard_normal((1, 40, 40), dtype=np.float32)
+    x[0, :2, :2] = 0
+    x[0, 3, 4], x[0, 5, 6], x[0, 7, 8] = 3e4, np.nan, np.inf
+    x[0, 20, :], x[0, :, 20] = 0, 0  # eps alone is left of one
+    got, want = rms_norm(isa, x, axis), torch_rms_norm(x, axis).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("axis", [ROWS, POSITIONS], ids=["rows", "positions"])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_softmax_equals_torch(isa, shape, axis):
@@ -86,13 +119,19 @@ def test_softmax_of_special_values(isa, axis):
     [
         ("softmax", {"ints": {"axis": [2]}}, "axis must be 0"),
         ("layer_norm", {"ints": {"axis": [0]}}, "needs floats 'eps'"),
+        ("rms_norm", {"ints": {"axis": [0]}}, "needs floats 'eps'"),
+        (
+            "rms_norm",
+            {"ints": {"axis": [0]}, "floats": {"eps": [1e-5]}, "constants": {"bias": np.ones(2, np.float32)}},
+            "takes no constant 'bias'",
+        ),
         (
             "layer_norm",
             {"ints": {"axis": [0]}, "floats": {"eps": [1e-5]}, "constants": {"weight": np.ones(16, np.float32)}},
             r"must be \[2\]",
         ),
     ],
-    ids=["axis", "eps", "weight"],
+    ids=["axis", "eps", "rms_eps", "rms_bias", "weight"],
 )
 def test_refuses_inconsistent_steps(op, attributes, message):
     with pytest.raises(ValueError, match=f"step '{op}'.*{message}"):

@@ -110,7 +110,7 @@ def test_frequencies_are_recorded_saved_and_counted_anew(calibrated, tmp_path):
     with torch.no_grad():
         assert_close(loaded.freeze(LEVEL)(X), calibrated.freeze(LEVEL)(X))
     again = calibrated.freeze(LEVEL, inputs=X.split(8), min_frequency=0.3)
-    assert again(X[:2]).shape == (2, 10)
+    assert again(X[:2]).shape == calibrated.model(X[:2]).shape
 
 
 def test_gates_that_ignore_the_input_are_told():

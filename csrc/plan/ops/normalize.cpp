@@ -1,4 +1,4 @@
-// Layer norm and softmax: along the rows (channels or keys) of each position, or along the positions of each row.
+// Layer norm, norm by the root mean square, and softmax: along the rows (channels or keys) of each position, or along the positions of each row.
 #include "plan/ops/block_op.h"
 #include "plan/ops/row_factories.h"
 #include "plan/ops/spec_reader.h"
@@ -11,8 +11,9 @@ using NormalizeKernel = void (*)(const NormalizeArgs&);
 class NormalizeOp final : public BlockOp {
  public:
   // `ns` is the expected time of an element.
-  NormalizeOp(StepSpec step, const KernelTable& kernels, int num_threads, NormalizeKernel columns, NormalizeKernel rows, double ns)
-      : BlockOp(std::move(step), kernels) {
+  NormalizeOp(StepSpec step, const KernelTable& kernels, int num_threads, NormalizeKernel columns, NormalizeKernel rows, double ns,
+              float eps)
+      : BlockOp(std::move(step), kernels), eps_(eps) {
     const SpecReader reader(spec_);
     const Rows& out = spec_.output;
     axis_ = reader.integer("axis");
@@ -32,8 +33,6 @@ class NormalizeOp final : public BlockOp {
     cut(limits, -1, num_threads);
   }
 
-  void set_eps(float eps) { eps_ = eps; }
-
  protected:
   void compute_block(const RunView& run, int64_t sample, const Block& block, float* out, float*) const override {
     const Rows& in = spec_.inputs[0];
@@ -48,23 +47,32 @@ class NormalizeOp final : public BlockOp {
   NormalizeKernel kernel_;
   const float* weight_;
   const float* bias_;
-  float eps_ = 0.0f;
+  float eps_;
 };
+
+float eps_of(const StepSpec& spec) {
+  const auto eps = spec.floats.find("eps");
+  SpecReader(spec).check(eps != spec.floats.end() && eps->second.size() == 1 && eps->second[0] >= 0.0f,
+                         "needs floats 'eps', one value >= 0");
+  return eps->second[0];
+}
 
 }  // namespace
 
 std::unique_ptr<Op> make_layer_norm(StepSpec spec, const KernelTable& kernels, int num_threads) {
-  const SpecReader reader(spec);
-  const auto eps = spec.floats.find("eps");
-  reader.check(eps != spec.floats.end() && eps->second.size() == 1 && eps->second[0] >= 0.0f, "needs floats 'eps', one value >= 0");
-  const float value = eps->second[0];
-  auto op = std::make_unique<NormalizeOp>(std::move(spec), kernels, num_threads, kernels.layer_norm_columns, kernels.layer_norm_rows, 0.3);
-  op->set_eps(value);
-  return op;
+  const float eps = eps_of(spec);
+  return std::make_unique<NormalizeOp>(std::move(spec), kernels, num_threads, kernels.layer_norm_columns, kernels.layer_norm_rows, 0.3,
+                                       eps);
+}
+
+std::unique_ptr<Op> make_rms_norm(StepSpec spec, const KernelTable& kernels, int num_threads) {
+  SpecReader(spec).check(spec.constants.find("bias") == spec.constants.end(), "takes no constant 'bias'");
+  const float eps = eps_of(spec);
+  return std::make_unique<NormalizeOp>(std::move(spec), kernels, num_threads, kernels.rms_norm_columns, kernels.rms_norm_rows, 0.2, eps);
 }
 
 std::unique_ptr<Op> make_softmax(StepSpec spec, const KernelTable& kernels, int num_threads) {
-  return std::make_unique<NormalizeOp>(std::move(spec), kernels, num_threads, kernels.softmax_columns, kernels.softmax_rows, 0.6);
+  return std::make_unique<NormalizeOp>(std::move(spec), kernels, num_threads, kernels.softmax_columns, kernels.softmax_rows, 0.6, 0.0f);
 }
 
 }  // namespace dynprune

@@ -15,6 +15,7 @@ std::unique_ptr<Op> make_unary(StepSpec spec, const KernelTable& kernels, int nu
 std::unique_ptr<Op> make_affine(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_binary(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_layer_norm(StepSpec spec, const KernelTable& kernels, int num_threads);
+std::unique_ptr<Op> make_rms_norm(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_softmax(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_attention(StepSpec spec, const KernelTable& kernels, int num_threads);
 std::unique_ptr<Op> make_matmul(StepSpec spec, const KernelTable& kernels, int num_threads);

@@ -15,7 +15,7 @@ from dynprune.runtime.lowering.registry import dim_of_sample
 from dynprune.runtime.lowering.values import DraftStep, NotOnEngine, PaddedValue
 from dynprune.runtime.plan import Rows
 
-_CHANNELS_LAST = frozenset({"linear", "layer_norm"})
+_CHANNELS_LAST = frozenset({"linear", "layer_norm", "rms_norm"})
 _CHANNELS_FIRST = (MIXING - {"linear"}) | {"batch_norm", "group_norm", "instance_norm"}
 
 

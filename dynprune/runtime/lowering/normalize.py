@@ -3,6 +3,7 @@
 | ATen | becomes |
 | --- | --- |
 | layer_norm | layer_norm over rows (tokens by channels) or over positions |
+| rms_norm | rms_norm over rows or over positions |
 | group_norm, instance_norm | layer_norm over the positions of each group, and affine |
 | softmax | softmax over rows or over positions |
 """
@@ -60,7 +61,7 @@ def _emit(
     return draft.written(node, view, step)
 
 
-@lowers("layer_norm", positionless=True)
+@lowers("layer_norm", "rms_norm", positionless=True)
 def layer_norm(draft: Draft, node: Node) -> EngineValue:
     arguments, x = node.arguments, draft.engine(node.args[0])
     count, rank = len(arguments["normalized_shape"]), len(x.view.sizes)
@@ -68,14 +69,15 @@ def layer_norm(draft: Draft, node: Node) -> EngineValue:
         raise NotOnEngine("the batch is normalised")
     constants = {}
     for name in ("weight", "bias"):
-        if arguments[name] is not None:
+        if arguments.get(name) is not None:
             tensor = draft.constant(arguments[name])
             if tensor is None:
                 raise NotOnEngine("weights that are computed")
             constants[name] = as_array(tensor).reshape(-1)
     dims = list(range(rank - count, rank))
     x, rows, axis = _over(draft, node.args[0], dims)
-    return _emit(draft, node, "layer_norm", x, rows, axis, dims, {"eps": [float(arguments["eps"])]}, constants)
+    eps = torch.finfo(torch.float32).eps if arguments["eps"] is None else float(arguments["eps"])
+    return _emit(draft, node, node.op, x, rows, axis, dims, {"eps": [eps]}, constants)
 
 
 @lowers("softmax", "_softmax")
