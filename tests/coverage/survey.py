@@ -33,7 +33,7 @@ class Coverage:
 
     Attributes:
         error: why it did not wrap, or "".
-        level_0: largest relative difference to the original model at level 0, over `BATCHES`.
+        level_0: largest relative difference to the original model at level 0, over `BATCHES`; infinity where results differ in kind.
         gated: the same between engine and hooked model at random active lists.
         from_exact: where one of these is above `TOLERANCE`, the largest relative difference of the engine from the model in float64;
             otherwise 0.
@@ -53,8 +53,8 @@ class Coverage:
     error: str = ""
     parameters: int = 0
     macs: int = 0
-    level_0: float = float("nan")
-    gated: float = float("nan")
+    level_0: float = 0.0
+    gated: float = 0.0
     from_exact: float = 0.0
     rounding: float = 0.0
     sites: int = 0
@@ -99,14 +99,18 @@ def survey(architecture: Architecture) -> Coverage:
     result.steps, result.torch_steps = len(plan.steps), len(torch_steps)
     result.torch_macs = sum(step.macs for step in torch_steps) / max(1, plan.macs)
     result.torch_ops = dict(Counter(step.torch_call.target.__name__.partition(".")[0] for step in torch_steps).most_common())
-    result.level_0 = max(difference_at_level_0(dm, model, architecture.inputs(batch)) for batch in BATCHES)
-    lists = {batch: random_lists(dm, batch, np.random.default_rng(batch)) for batch in BATCHES}
-    result.gated = max(difference_when_gated(dm, architecture.inputs(batch), lists[batch]) for batch in BATCHES)
-    if max(result.level_0, result.gated) > TOLERANCE:
-        cases = [(architecture.inputs(batch), active) for batch in BATCHES for active in ({}, lists[batch])]
-        differences = [differences_from_exact(dm, *case) for case in cases]
-        # The case that is the farthest beyond what rounding explains.
-        result.from_exact, result.rounding = max(differences, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+    cases = [(architecture.inputs(batch), gated) for batch in BATCHES for gated in (False, True)]
+    for inputs, gated in cases:
+        lists = random_lists(dm, inputs[0].shape[0]) if gated else {}
+        difference = difference_when_gated(dm, inputs, lists) if gated else difference_at_level_0(dm, model, inputs)
+        if gated:
+            result.gated = max(result.gated, difference)
+        else:
+            result.level_0 = max(result.level_0, difference)
+        if TOLERANCE < difference < float("inf"):
+            from_exact, rounding = differences_from_exact(dm, inputs, lists)
+            if from_exact * result.rounding >= result.from_exact * rounding:  # the case that rounding explains least
+                result.from_exact, result.rounding = from_exact, rounding
     return result
 
 
@@ -157,8 +161,9 @@ def _double(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, values)
 
 
-def random_lists(dm: DynamicModel, batch: int, rng: np.random.Generator) -> dict[str, list[list[int]]]:
+def random_lists(dm: DynamicModel, batch: int) -> dict[str, list[list[int]]]:
     """Returns lists for every site, of a kind that is drawn from `LIST_KINDS` for each sample."""
+    rng = np.random.default_rng(batch)
     return {site.name: [active_list(kind, site.num_groups, rng).tolist() for kind in rng.choice(LIST_KINDS, batch)] for site in dm.sites}
 
 
