@@ -20,7 +20,7 @@ class Arithmetic:
     Attributes:
         exact: no Winograd convolutions.
         dtype: torch.float32, or torch.bfloat16: weights are rounded to it, and so are inputs where there is more than one position;
-            sums are float32. Winograd and fused convolutions, and sparse weights, stay in float32.
+            sums are float32. Winograd convolutions and sparse weights stay in float32.
 
     Raises:
         InputError: `dtype` is another one.
