@@ -120,6 +120,29 @@ def test_the_margin_shrinks_while_the_budget_is_kept_and_is_back_after_a_step():
     assert arm.margin >= normal - 0.01
 
 
+def test_what_neighbours_taught_the_margin_is_put_aside_when_they_leave_and_known_when_they_are_back():
+    def beside(cores: float) -> ResourceSample:
+        return ResourceSample(cpu_fraction=0.5 + cores / 2, own_cpu_fraction=0.5, per_cpu_fraction=(0.5, 0.5))
+
+    def busy(now_s: float) -> bool:
+        return 5 <= now_s < 25 or now_s >= 35
+
+    samples = {True: beside(1.0), False: beside(0.0)}
+    world = World(
+        10.5,
+        load=lambda now_s, chance: 1.8 if busy(now_s) and chance.random() < 0.05 else 1.0,
+        percentile=99,
+        sample=lambda now_s: samples[busy(now_s)],
+    ).run(24.9)
+    learned = world.controller._arm.margin
+    assert learned > world.controller._normal_margin + 2
+    world.run(9)
+    assert world.controller._arm.margin <= world.controller._normal_margin
+    assert world.mean_level(26, 34) < world.mean_level(20, 24) - 0.2
+    world.run(1.5)
+    assert world.controller._arm.margin > learned - 0.5
+
+
 def test_a_budget_out_of_reach_does_not_widen_the_margin():
     world = World(8.0, load=lambda now_s, chance: 6.0 if 5 <= now_s < 25 else 1.0).run(26)
     assert not all(latency_ms <= 8.0 for start_s, _, latency_ms in world.trace if start_s < 25)

@@ -30,6 +30,7 @@ class Arm:
     Attributes:
         slowdown: learned from the inferences that ran so.
         margin: deviations above the mean that a latency may lie, set by the controller.
+        margins: those that it had beside other programs, by their load in cores.
         mean: logarithm of the slow-down that is expected.
         high, expected: logarithm of the next latency over the idle one at the percentile wanted, and its exponential.
         others: cores' worth of other programs when this arm ran last; None where no sample told.
@@ -40,8 +41,8 @@ class Arm:
     """
 
     __slots__ = (
-        "_negated_ms", "expected", "frontier", "high", "last_step", "least_ms", "log_idle", "margin", "mean", "others", "seen", "slowdown",
-        "threads",
+        "_negated_ms", "expected", "frontier", "high", "last_step", "least_ms", "log_idle", "margin", "margins", "mean", "others", "seen",
+        "slowdown", "threads",
     )  # fmt: skip
 
     def __init__(self, threads: int, frontier: Frontier) -> None:
@@ -54,6 +55,7 @@ class Arm:
         self.last_step = self.fitting_step(_SAME_TIME * self.least_ms)
         self.slowdown = SlowdownEstimator()
         self.margin = 0.0
+        self.margins: dict[int, float] = {}
         self.mean = 0.0
         self.high = 0.0
         self.expected = 1.0

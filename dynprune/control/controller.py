@@ -54,6 +54,7 @@ class LatencyController:
     the misses (an online quantile estimate): it grows with each, and shrinks with each inference that keeps the budget at a level above
     0, down to the level whose mean fits, so that nearly as many happen as `percentile` allows, or a third of them where that is less margin
     than the normal distribution's. After a step upwards, and after two misses in a row, it is the normal distribution's again at least.
+    Beside other programs, as samples tell their load in whole cores, it is another one.
     A `ResourceSample` that shows more load than the recent inferences have met raises the expectation before the first slow one. The
     level tightens at once and relaxes after calm. Where no level is expected to fit, the highest one runs, or the lowest one that is as
     fast; but one slow inference after which no level would fit changes nothing: if the next is as slow it is too late for a level to
@@ -104,6 +105,7 @@ class LatencyController:
         self._hardness_variance = 0.0
         self._sample: ResourceSample | None = None
         self._sampled_others: float | None = None
+        self._met = 0
         self._load = 0.0
         self._seen_load = 0.0
         self._missed = False
@@ -198,6 +200,8 @@ class LatencyController:
             elif sample is not self._sample:
                 self._sample, self._load = sample, _expected_log_slowdown(sample)
                 self._sampled_others = other_cores(sample)
+                if self._sampled_others is not None and round(self._sampled_others) != self._met:
+                    self._meet(round(self._sampled_others))
             factor = work
             extra_load = self._load - self._seen_load - _NEW_LOAD
             if extra_load > 0.0:
@@ -309,8 +313,18 @@ class LatencyController:
         self._arm = self._arms[0]
         self._last_step = max(arm.last_step for arm in self._arms)
 
+    def _meet(self, others: int) -> None:
+        """Takes the margins learned beside so many cores' worth of other programs: how latencies spread depends on them."""
+        for arm in self._arms:
+            arm.margins[self._met] = arm.margin
+            unknown = self._normal_margin if others < self._met else max(arm.margin, self._normal_margin)
+            arm.margin = arm.margins.get(others, unknown)
+            arm.expect(arm.slowdown.mean, self._hardness, self._hardness_variance)
+        self._met = others
+
     def _set_margins(self) -> None:
         for arm in self._arms:
+            arm.margins.clear()
             arm.margin = self._normal_margin
             arm.expect(arm.slowdown.mean, self._hardness, self._hardness_variance)
 
