@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 _DIE_WITH_PARENT = """
 import ctypes, os, sys
+os.setpgrp()
 try:
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: not left running where this process is killed
 except (AttributeError, OSError, TypeError):
@@ -21,13 +22,15 @@ except (AttributeError, OSError, TypeError):
 _BUSY = _DIE_WITH_PARENT + "while True: pass"
 _TOOL = _DIE_WITH_PARENT + "os.execv(sys.argv[1], sys.argv[1:])"
 _HOLD = "import sys; held = bytearray(int(sys.argv[1])); held[::4096] = b'x' * len(held[::4096]); print(flush=True); sys.stdin.read()"
-_START_S = 0.3
+_START_S = 0.05
 
 
 class BusyNeighbours:
     """Processes of one thread that never sleeps: stress-ng's where it is installed, else Python's. None runs until `set` says so.
 
-    They are made once and stopped and continued by signals, so that a change of their number takes effect at once.
+    They are made once and stopped and continued by signals, so that a change of their number takes effect at once. They stay in this
+    process's session, where each has the weight of one thread of ours; one in a session of its own has the weight of all our threads
+    together where the kernel groups tasks by session.
 
     Args:
         most: how many there can be.
@@ -37,9 +40,10 @@ class BusyNeighbours:
         tool = shutil.which("stress-ng")
         self.kind = "stress-ng" if tool else "python"
         command = [sys.executable, "-c", *([_TOOL, tool, "--cpu", "1", "--quiet"] if tool else [_BUSY])]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._processes = [subprocess.Popen(command, **quiet) for _ in range(most)]
-        time.sleep(_START_S if most else 0.0)
+        while any(process.poll() is None and os.getpgid(process.pid) != process.pid for process in self._processes):
+            time.sleep(_START_S)
         self.running = most
         self.set(0)
 

@@ -359,7 +359,7 @@ def _lean_spec(plan: Plan) -> dict[str, Any]:
     spec = plan.to_spec()
     for step in spec["steps"]:
         if step["op"] == "conv":
-            step["ints"] = {**step["ints"], "winograd": [0]}
+            step["ints"] = {**step["ints"], "winograd": [0], "packed": [0]}
     return spec
 
 

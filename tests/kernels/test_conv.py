@@ -156,6 +156,15 @@ def test_compensation_adds_the_inactive_columns(isa, name, in_kind, out_kind):
     ConvCase(SHAPES[name], 2, in_kind, out_kind, seed=9, compensation=True).check(isa)
 
 
+@pytest.mark.parametrize("out_kind", [None, "all", "random"])
+@pytest.mark.parametrize("in_kind", [None, "random"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_without_packed_weights(isa, shape, in_kind, out_kind):
+    case = ConvCase(shape, 2, in_kind, out_kind, seed=17)
+    case.step["ints"] |= {"winograd": [0], "packed": [0]}
+    case.check(isa)
+
+
 @pytest.mark.parametrize("out_kind", [None, "random"])
 @pytest.mark.parametrize("in_kind", [None, *LIST_KINDS])
 @pytest.mark.parametrize("name", ["1x1", "1x1-lanes", "one-pixel"])

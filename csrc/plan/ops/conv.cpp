@@ -44,7 +44,7 @@ class ConvOp final : public Op, public Compensated {
       reader.check(shape_.out_channels * shape_.group_inputs() * shape_.taps() <= kMaxWeights, "'bf16' takes at most 2^31 weights");
       bf16_.emplace(weight_, shape_.out_channels, shape_.group_inputs() * shape_.taps(), shape_.groups,
                     kernels.bf16_per_item == 2 && spec_.in_site < 0);
-    } else {
+    } else if (reader.integer("packed", 1) != 0) {
       pack_weights();
     }
     bias_ = reader.constant("bias", {shape_.out_channels});
@@ -163,7 +163,7 @@ class ConvOp final : public Op, public Compensated {
     chunk.index = spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index;
     chunk.width = chunk_width(chunk.tiles);
     // A line of packed weights holds 16 rows, active or not. With few of them active, rows by themselves are less to read.
-    chunk.packed = 5 * count >= 3 * shape_.out_channels;
+    chunk.packed = weights_.size() > 0 && 5 * count >= 3 * shape_.out_channels;
     return chunk;
   }
 
