@@ -118,9 +118,18 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
         raise InputError(
             f"model {arguments.model!r} is not understood; give torchvision:NAME, timm:NAME, transformers:CLASS or FILE.py:FUNCTION."
         )
+    if arguments.weights is None:
+        _replace_zeros_(model)
     _load_weights(model, arguments.weights)
     inputs = (torch.randn(arguments.batch, *(shape or DEFAULT_SHAPE)),)
     return LoadedModel(arguments.model, model.eval(), inputs)
+
+
+def _replace_zeros_(model: nn.Module) -> None:
+    """Gives weights that start as zeros, such as the last layer's of a ViT, random values: with zeros every output would be right."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.data.normal_(std=0.02)
 
 
 def declare_torchvision_operators() -> None:

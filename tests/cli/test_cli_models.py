@@ -162,6 +162,12 @@ def test_transformers_model_with_its_default_configuration(monkeypatch, name, sh
         assert loaded.model(*loaded.inputs)[0].shape[0] == 2
 
 
+def test_a_last_layer_of_zeros_gets_values():
+    pytest.importorskip("timm", reason="timm is not installed")
+    loaded = load_model(arguments("timm:vit_tiny_patch16_224"))
+    assert loaded.model(*loaded.inputs).std() > 0
+
+
 def test_unknown_transformers_model():
     declare_torchvision_operators()
     pytest.importorskip("transformers", reason="transformers is not installed")
