@@ -28,15 +28,15 @@ build: $(VENV)/build-tools
 lint: $(VENV)/ruff
 	$(BIN)/ruff check .
 
-# The whole package is built once more, apart, and the kernel tests run on that copy under both sanitizers.
+# The whole package is built once more, apart, and the tests of kernels and executor run on that copy under both sanitizers.
 sanitize: $(VENV)/installed $(VENV)/build-tools
 	DYNPRUNE_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=lib \
-	  ../../$(BIN)/python -m pytest --capture=sys -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels
+	  ../../$(BIN)/python -m pytest --capture=sys -p no:cacheprovider -c ../../pyproject.toml ../../tests/kernels ../../tests/test_executor.py
 
 # The same under the thread sanitizer, on all that runs on several threads: once so that no chunk is computed twice and nothing may race,
-# once as in earnest (csrc/base/thread_sanitizer.h). Forks, ends of the interpreter and hundreds of threads are beyond the sanitizer.
-THREADED := ../../tests/test_executor.py ../../tests/kernels -k 'thread and kernels or test_executor and not (1000 or fork or interpreter)'
+# once as in earnest (csrc/base/thread_sanitizer.h). Other processes, ends of the interpreter and hundreds of threads are beyond the sanitizer.
+THREADED := ../../tests/test_executor.py ../../tests/kernels -k 'thread and kernels or test_executor and not (1000 or fork or spawn or interpreter)'
 sanitize-threads: $(VENV)/installed $(VENV)/build-tools
 	DYNPRUNE_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/sanitize-threads --build-lib build/sanitize-threads/lib
 	cd build/sanitize-threads && for patient in "DYNPRUNE_PATIENT=1" ""; do \
