@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--target-macs", type=float, default=0.365)
+    parser.add_argument("--floor", type=float, default=0.1, help="share of its channels that each site keeps at least, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit", type=int, default=1024, help="held-out images that gates are fitted to and the frontier is measured on")
     parser.add_argument("--levels", type=int, default=32, help="operating points of the frontier")
@@ -68,6 +69,7 @@ def main() -> None:
         loader,
         epochs=args.epochs,
         target_macs=args.target_macs,
+        floor=args.floor,
         lr=args.lr,
         seed=args.seed,
         levels=args.levels,
