@@ -110,8 +110,10 @@ class Anatomy:
                 continue
             vectors = [self.trace.shares[node.name]] if node.name in self.trace.shares else []
             weight = node.arguments.get("weight") if node.op not in ("matmul", "bmm", "mm", "baddbmm", "addmm") else None
-            if weight is not None and node.name in self.trace.shares:
-                dim = 0 if node.op.startswith("conv_transpose") else 1
+            transposed = node.op.startswith("conv_transpose")
+            depthwise = transposed and node.arguments["groups"] > 1  # then its inputs are its outputs
+            if weight is not None and node.name in self.trace.shares and not depthwise:
+                dim = 0 if transposed else 1
                 columns = self.trace.atoms.slices.get(parameter_of(weight, dim))
                 vectors += [] if columns is None else [columns]
             factors[node.name] = [[-1 if atom < 0 else int(self.classes[atom]) for atom in ids] for ids in vectors]

@@ -105,11 +105,14 @@ def test_target_macs_is_kept_closely(scope, share):
 def test_target_ms_is_measured(runtime):
     model = nn.Sequential(nn.Conv2d(8, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 8, 3, padding=1)).eval()
     x = torch.randn(1, 8, 32, 32)
-    _, whole = prune(model, x, keep_ratio=1.0, runtime=runtime)
-    assert whole.ms_before > 0 and whole.ms_after > 0 and whole.macs_after == whole.macs_before
-    _, report = prune(model, x, target_ms=0.5 * whole.ms_before, runtime=runtime, floor=0.0)
-    assert report.macs_after < 0.9 * report.macs_before
-    assert report.ms_after < 0.9 * whole.ms_before
+    for _ in range(3):  # the speed of the machine may change between two measurements
+        _, whole = prune(model, x, keep_ratio=1.0, runtime=runtime)
+        assert whole.ms_before > 0 and whole.ms_after > 0 and whole.macs_after == whole.macs_before
+        _, report = prune(model, x, target_ms=0.5 * whole.ms_before, runtime=runtime, floor=0.0)
+        if report.macs_after < 0.9 * report.macs_before and report.ms_after < 0.9 * whole.ms_before:
+            break
+    else:
+        pytest.fail(f"half the time was asked for, {whole.ms_before} ms became {report.ms_after} three times")
     assert f"latency ({runtime})" in str(report)
 
 
