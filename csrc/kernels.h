@@ -342,8 +342,8 @@ struct BinaryArgs {
   int64_t out_stride;
 };
 
-// Layer norm, rms norm or softmax along one axis of rows x n. "Columns": along the rows, one result per position; out_stride is a multiple of the
-// lanes, at least n, and lanes from n to the next multiple are scratch. "Rows": along the positions of each row.
+// Layer norm, rms norm or softmax along one axis of rows x n. "Columns": along the rows, one result per position; out_stride is a
+// multiple of the lanes, at least n, and lanes from n to the next multiple are scratch. "Rows": along the positions of each row.
 struct NormalizeArgs {
   int64_t rows;
   int64_t n;

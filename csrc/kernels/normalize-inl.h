@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "kernels.h"
 #include "kernels/activation-inl.h"
@@ -124,25 +125,25 @@ void softmax_block(const NormalizeArgs& a, int64_t first) {
   }
 }
 
-void layer_norm_columns(const NormalizeArgs& a) {
+// Calls block(first, vectors) for blocks of 4, 2 and 1 vectors of positions, `vectors` a std::integral_constant.
+template <class Block>
+void for_blocks(int64_t n, Block&& block) {
   int64_t p = 0;
-  for (; p + 4 * Vec::kLanes <= a.n; p += 4 * Vec::kLanes) layer_norm_block<4>(a, p);
-  for (; p + Vec::kLanes < a.n; p += 2 * Vec::kLanes) layer_norm_block<2>(a, p);
-  if (p < a.n) layer_norm_block<1>(a, p);
+  for (; p + 4 * Vec::kLanes <= n; p += 4 * Vec::kLanes) block(p, std::integral_constant<int, 4>());
+  for (; p + Vec::kLanes < n; p += 2 * Vec::kLanes) block(p, std::integral_constant<int, 2>());
+  if (p < n) block(p, std::integral_constant<int, 1>());
+}
+
+void layer_norm_columns(const NormalizeArgs& a) {
+  for_blocks(a.n, [&a](int64_t first, auto vectors) { layer_norm_block<decltype(vectors)::value>(a, first); });
 }
 
 void rms_norm_columns(const NormalizeArgs& a) {
-  int64_t p = 0;
-  for (; p + 4 * Vec::kLanes <= a.n; p += 4 * Vec::kLanes) rms_norm_block<4>(a, p);
-  for (; p + Vec::kLanes < a.n; p += 2 * Vec::kLanes) rms_norm_block<2>(a, p);
-  if (p < a.n) rms_norm_block<1>(a, p);
+  for_blocks(a.n, [&a](int64_t first, auto vectors) { rms_norm_block<decltype(vectors)::value>(a, first); });
 }
 
 void softmax_columns(const NormalizeArgs& a) {
-  int64_t p = 0;
-  for (; p + 4 * Vec::kLanes <= a.n; p += 4 * Vec::kLanes) softmax_block<4>(a, p);
-  for (; p + Vec::kLanes < a.n; p += 2 * Vec::kLanes) softmax_block<2>(a, p);
-  if (p < a.n) softmax_block<1>(a, p);
+  for_blocks(a.n, [&a](int64_t first, auto vectors) { softmax_block<decltype(vectors)::value>(a, first); });
 }
 
 void layer_norm_rows(const NormalizeArgs& a) {
