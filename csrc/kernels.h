@@ -96,6 +96,11 @@ struct GatherGemmArgs {
   float* out;
   int64_t out_stride;
   bool accumulate;
+  // What will be multiplied after this, so that its weights can be asked for: rows [next_row, next_row + next_rows) of the same list, which
+  // may go on behind m, or none; their columns are weight_offset[next_k + k] for this product's k, all of which are there.
+  int64_t next_row = 0;
+  int64_t next_rows = 0;
+  int64_t next_k = 0;
 };
 
 // out[i][p] = clamp(bias[i] + sum_k weight[r_i * weight_stride + weight_offset[k]] * panel[k][p], low, high), r_i as in GatherGemmArgs.
@@ -157,6 +162,8 @@ struct Bf16GemmArgs {
   bool accumulate;
   const float* bias;
   float low, high;
+  // The items of the row that will be multiplied after these, so that they can be asked for; null where that is not known.
+  const uint32_t* next = nullptr;
 };
 
 // out[i][p] = act(in[i][p] + bias[i] + residual[i][p]) for p < n; bias and residual may be null; in == out is allowed.

@@ -69,15 +69,11 @@ class PyPlan {
     plan_->set_gate(site, std::move(parameters));
   }
 
-  void set_compensation(int64_t step, const FloatArray& matrix) {
+  void set_compensation(int64_t step, const FloatArray& compensation) {
     check_not_running();
-    const std::vector<int64_t> sizes = plan_->compensation_sizes(step);
-    if (matrix.ndim() != 2 || sizes.size() != 2 || matrix.shape(0) != sizes[0] || matrix.shape(1) != sizes[1]) {
-      throw std::invalid_argument("the compensation of step " + std::to_string(step) + " must be a matrix of the step's sizes " +
-                                  (sizes.empty() ? "(it takes none)" : std::to_string(sizes[0]) + " x " + std::to_string(sizes[1])) + ".");
-    }
-    kept_->add(matrix);
-    plan_->set_compensation(step, matrix.data());
+    check_compensation(step, compensation, plan_->compensation_sizes(step));
+    kept_->add(compensation);
+    plan_->set_compensation(step, compensation.data());
   }
 
   void set_costs(const std::vector<double>& fixed_ms, const std::vector<double>& scaled_ms) {
@@ -300,7 +296,7 @@ void bind_plan(py::module_& m) {
       .def(py::init<const py::dict&, const std::string&, int>(), py::arg("spec"), py::arg("isa"), py::arg("num_threads"))
       .def("set_gate", &PyPlan::set_gate, py::arg("site"), py::arg("down"), py::arg("up"), py::arg("bias"), py::arg("curve"),
            py::arg("rest_ms"))
-      .def("set_compensation", &PyPlan::set_compensation, py::arg("step"), py::arg("matrix"))
+      .def("set_compensation", &PyPlan::set_compensation, py::arg("step"), py::arg("compensation"))
       .def("compensation_sizes", &PyPlan::compensation_sizes, py::arg("step"))
       .def("set_costs", &PyPlan::set_costs, py::arg("fixed_ms"), py::arg("scaled_ms"))
       .def("arena_bytes", &PyPlan::arena_bytes, py::arg("batch"))

@@ -40,8 +40,7 @@ class StepRunner {
     auto plan = std::shared_ptr<Plan>(new Plan(std::move(spec), {0}, kernels_for(isa), num_threads), [kept = kept_](Plan* p) { delete p; });
     if (compensation) {
       kept_->add(*compensation);
-      const std::vector<int64_t> sizes = plan->compensation_sizes(0);
-      if (sizes.size() != 2 || compensation->size() != sizes[0] * sizes[1]) throw std::invalid_argument("compensation has the wrong size.");
+      check_compensation(0, *compensation, plan->compensation_sizes(0));
       plan->set_compensation(0, compensation->data());
     }
     workspace_ = std::make_shared<Workspace>(plan, batch);

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
@@ -90,6 +91,13 @@ StepSpec read_step(const py::dict& step, KeptAlive& kept) {
     }
   }
   return spec;
+}
+
+void check_compensation(int64_t step, const FloatArray& compensation, const std::vector<int64_t>& sizes) {
+  if (!sizes.empty() && std::equal(sizes.begin(), sizes.end(), compensation.shape(), compensation.shape() + compensation.ndim())) return;
+  std::string wanted = "(it takes none)";
+  for (const int64_t size : sizes) wanted = (&size == sizes.data() ? "" : wanted + " x ") + std::to_string(size);
+  throw std::invalid_argument("the compensation of step " + std::to_string(step) + " must have the step's sizes " + wanted + ".");
 }
 
 }  // namespace dynprune

@@ -33,5 +33,7 @@ class KeptAlive {
 Rows read_rows(const pybind11::handle& tuple);
 // Throws std::invalid_argument (a Python ValueError) where a constant is not a C-contiguous f32 array.
 StepSpec read_step(const pybind11::dict& step, KeptAlive& kept);
+// Throws std::invalid_argument where what compensates a step has not the sizes that it takes.
+void check_compensation(int64_t step, const FloatArray& compensation, const std::vector<int64_t>& sizes);
 
 }  // namespace dynprune

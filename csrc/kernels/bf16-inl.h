@@ -43,9 +43,11 @@ void bf16_tiles(const Bf16TilesArgs& a) {
   };
   for (int64_t t = 0; t < a.tiles; ++t) {
     const uint16_t* tile = a.weight + a.tile_index[t] * a.tile_stride;
+    const uint16_t* next = a.weight + a.tile_index[t + 1 < a.tiles ? t + 1 : t] * a.tile_stride;
     uint32_t* items = a.items + t * a.item_stride;
     int64_t j = 0;
     for (; j + 1 < a.k; j += 2, items += kPackedRows) {
+      __builtin_prefetch(next + a.column[j] * kPackedRows, 0, 2);
       _mm512_storeu_si512(items, weave(_mm512_inserti64x4(_mm512_castsi256_si512(column(tile, j)), column(tile, j + 1), 1)));
     }
     if (j < a.k) _mm512_storeu_si512(items, _mm512_cvtepu16_epi32(column(tile, j)));
@@ -123,7 +125,8 @@ void bf16_tile(const Bf16GemmArgs& a, int64_t first) {
   const uint32_t* weight[MR];
   Vec sum[MR][NV];
   for (int i = 0; i < MR; ++i) weight[i] = a.weight + a.row_offset[first + i];
-  const uint32_t* next = a.weight + a.row_offset[first + MR < a.m ? first + MR : a.m - 1];
+  const uint32_t* next = a.weight + a.row_offset[first + MR < a.m ? first + MR : first];
+  if (first + MR >= a.m && a.next != nullptr) next = a.next;
   float* out = a.out + first * a.out_stride;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -161,24 +164,11 @@ void bf16_tile(const Bf16GemmArgs& a, int64_t first) {
   }
 }
 
-template <int MR, int NV, bool kFinish>
-void bf16_some(const Bf16GemmArgs& a, int64_t first, int64_t rows) {
-  if constexpr (MR > 0) {
-    if (rows == MR) return bf16_tile<MR, NV, kFinish>(a, first);
-    bf16_some<MR - 1, NV, kFinish>(a, first, rows);
-  }
-}
-
 template <int NV, bool kFinish>
 void bf16_width(const Bf16GemmArgs& a, int64_t begin, int64_t end) {
   if constexpr (NV > 0) {
     if (a.width != NV * Vec::kLanes) return bf16_width<NV - 1, kFinish>(a, begin, end);
-    constexpr int kRows = max_tile_rows<NV>();
-    for (; end - begin >= 2 * kRows; begin += kRows) bf16_tile<kRows, NV, kFinish>(a, begin);
-    const int64_t rest = end - begin;
-    const int64_t first = rest <= kRows ? rest : rest == kRows + kRows / 2 ? kRows : (rest + 1) / 2;
-    bf16_some<kRows, NV, kFinish>(a, begin, first);
-    bf16_some<kRows, NV, kFinish>(a, begin + first, rest - first);
+    in_tiles_of_rows<NV>(begin, end, [&a](int64_t first, auto rows) { bf16_tile<decltype(rows)::value, NV, kFinish>(a, first); });
   }
 }
 

@@ -22,28 +22,31 @@ inline const float* row_begin(const GatherGemmArgs& a, int64_t i) {
   return a.packed ? a.weight + row / kPackedRows * a.weight_stride + row % kPackedRows : a.weight + row * a.weight_stride;
 }
 
-// Asks for the beginnings of the next tile's weight rows: each row is a new stream, which the hardware only follows once it has begun.
-inline void prefetch_rows(const GatherGemmArgs& a, int64_t first, int64_t count) {
-  const int64_t last = first + count < a.m ? first + count : a.m;
-  if (a.k == 0) return;
-  for (int64_t i = first; i < last; ++i) {
-    const float* weight = row_begin(a, i) + a.weight_offset[0];
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(weight + 16 * line);
-  }
+// Of rows by themselves a line is asked for every so many columns: it holds twice as many, but half of them may not run.
+constexpr int64_t kColumnsAsked = 8;
+
+// The weights of the tile after the one at hand, which are asked of the memory while that is multiplied: the hardware foresees neither rows
+// of a list nor columns with gaps.
+struct TileAhead {
+  int64_t row;   // the first
+  int64_t last;  // the last that there is
+  int64_t k;     // how much further in the list of columns
+};
+
+inline TileAhead tile_ahead(const GatherGemmArgs& a, int64_t first, int64_t rows) {
+  if (first + rows < a.m) return {first + rows, a.m - 1, 0};
+  if (a.next_rows > 0) return {a.next_row, a.next_row + a.next_rows - 1, a.next_k};
+  return {first, a.m - 1, 0};
 }
 
-// Packed rows ask for the next tile's lines one by one: early enough for memory, and the hardware could not foresee columns with gaps.
 template <int MR, int NV, bool kPacked>
 void gemm_tile(const GatherGemmArgs& a, int64_t first) {
   const float* weight[MR];
+  const float* next[kPacked ? 1 : MR];
   Vec sum[MR][NV];
   for (int i = 0; i < MR; ++i) weight[i] = row_begin(a, first + i);
-  const float* next = nullptr;
-  if constexpr (kPacked) {
-    next = row_begin(a, first + MR < a.m ? first + MR : a.m - 1);
-  } else {
-    prefetch_rows(a, first + MR, MR);
-  }
+  const TileAhead ahead = tile_ahead(a, first, MR);
+  for (int i = 0; i < (kPacked ? 1 : MR); ++i) next[i] = row_begin(a, ahead.row + i < ahead.last ? ahead.row + i : ahead.last);
   float* out = a.out + first * a.out_stride;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -51,17 +54,29 @@ void gemm_tile(const GatherGemmArgs& a, int64_t first) {
     for (int v = 0; v < NV; ++v) sum[i][v] = a.accumulate ? load(out + i * a.out_stride + v * Vec::kLanes) : zero();
   }
   const float* panel = a.panel;
-  for (int64_t k = 0; k < a.k; ++k, panel += a.panel_stride) {
-    const int64_t offset = a.weight_offset[k];
-    if constexpr (kPacked) __builtin_prefetch(next + offset, 0, 2);
-    Vec x[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) x[v] = load(panel + v * Vec::kLanes);
+  const int32_t* const end = a.weight_offset + a.k;
+  for (const int32_t* column = a.weight_offset; column < end;) {
+    // Packed rows: a line of each column. Others: a line of each row, which holds the next columns.
+    const int32_t* stop = column + 1;
+    if constexpr (kPacked) {
+      __builtin_prefetch(next[0] + column[ahead.k], 0, 2);
+    } else {
+      const int64_t offset = column[ahead.k];
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const Vec w = set1(weight[i][offset]);
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(next[i] + offset, 0, 2);
+      stop = end - column < kColumnsAsked ? end : column + kColumnsAsked;
+    }
+    for (; column < stop; ++column, panel += a.panel_stride) {
+      const int64_t offset = *column;
+      Vec x[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[i][v] = fma(w, x[v], sum[i][v]);
+      for (int v = 0; v < NV; ++v) x[v] = load(panel + v * Vec::kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const Vec w = set1(weight[i][offset]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[i][v] = fma(w, x[v], sum[i][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -71,23 +86,9 @@ void gemm_tile(const GatherGemmArgs& a, int64_t first) {
   }
 }
 
-template <int MR, int NV, bool kPacked>
-void gemm_some(const GatherGemmArgs& a, int64_t first, int64_t rows) {
-  if constexpr (MR > 0) {
-    if (rows == MR) return gemm_tile<MR, NV, kPacked>(a, first);
-    gemm_some<MR - 1, NV, kPacked>(a, first, rows);
-  }
-}
-
-// The rows [begin, end) in tiles, the last two even: a tile of one or two rows would wait for its few sums.
 template <int NV, bool kPacked>
 void gemm_rows(const GatherGemmArgs& a, int64_t begin, int64_t end) {
-  constexpr int kRows = max_tile_rows<NV>();
-  for (; end - begin >= 2 * kRows; begin += kRows) gemm_tile<kRows, NV, kPacked>(a, begin);
-  const int64_t rest = end - begin;
-  const int64_t first = rest <= kRows ? rest : rest == kRows + kRows / 2 ? kRows : (rest + 1) / 2;
-  gemm_some<kRows, NV, kPacked>(a, begin, first);
-  gemm_some<kRows, NV, kPacked>(a, begin + first, rest - first);
+  in_tiles_of_rows<NV>(begin, end, [&a](int64_t first, auto rows) { gemm_tile<decltype(rows)::value, NV, kPacked>(a, first); });
 }
 
 template <int NV>

@@ -1,6 +1,9 @@
 // Rows by vectors of a register tile: accumulators, one row of the panel and a broadcast weight fill the register file.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 namespace dynprune {
 namespace {
 
@@ -24,6 +27,27 @@ constexpr int kGemmVectors = 8;
 #endif
 // More positions than this in the last vector are cheaper as a vector.
 constexpr int kGemmMaxTail = Vec::kLanes == 1 ? 0 : Vec::kLanes / 4 + 1;
+
+
+template <int MR, class Tile>
+void tile_of_rows(int64_t first, int64_t rows, const Tile& tile) {
+  if constexpr (MR > 0) {
+    if (rows == MR) return tile(first, std::integral_constant<int, MR>());
+    tile_of_rows<MR - 1>(first, rows, tile);
+  }
+}
+
+// Calls tile(first, count) for the rows [begin, end) in tiles of NV vectors, the last two even: a tile of one or two rows would wait for
+// its few sums. `count` is an integral_constant.
+template <int NV, class Tile>
+void in_tiles_of_rows(int64_t begin, int64_t end, const Tile& tile) {
+  constexpr int kRows = max_tile_rows<NV>();
+  for (; end - begin >= 2 * kRows; begin += kRows) tile(begin, std::integral_constant<int, kRows>());
+  const int64_t rest = end - begin;
+  const int64_t first = rest <= kRows ? rest : rest == kRows + kRows / 2 ? kRows : (rest + 1) / 2;
+  tile_of_rows<kRows>(begin, first, tile);
+  tile_of_rows<kRows>(begin + first, rest - first, tile);
+}
 
 }  // namespace
 }  // namespace dynprune

@@ -50,22 +50,11 @@ void pointwise_tile(const PointwiseArgs& a, int64_t first) {
   }
 }
 
-template <int MR, int NV>
-void pointwise_rest(const PointwiseArgs& a, int64_t first, int64_t rows) {
-  if constexpr (MR > 0) {
-    if (rows == MR) return pointwise_tile<MR, NV>(a, first);
-    pointwise_rest<MR - 1, NV>(a, first, rows);
-  }
-}
-
 template <int NV>
 void pointwise_width(const PointwiseArgs& a) {
   if constexpr (NV > 0) {
     if (a.width != NV * Vec::kLanes) return pointwise_width<NV - 1>(a);
-    constexpr int kRows = max_tile_rows<NV>();
-    int64_t i = 0;
-    for (; i + kRows <= a.m; i += kRows) pointwise_tile<kRows, NV>(a, i);
-    pointwise_rest<kRows - 1, NV>(a, i, a.m - i);
+    in_tiles_of_rows<NV>(0, a.m, [&a](int64_t first, auto rows) { pointwise_tile<decltype(rows)::value, NV>(a, first); });
   }
 }
 

@@ -220,9 +220,9 @@ std::vector<int64_t> Plan::compensation_sizes(int64_t step) const {
   return op == nullptr ? std::vector<int64_t>{} : op->compensation_sizes();
 }
 
-void Plan::set_compensation(int64_t step, const float* matrix) {
+void Plan::set_compensation(int64_t step, const float* compensation) {
   if (compensation_sizes(step).empty()) fail("step " + std::to_string(step) + " has no gated input to compensate.");
-  dynamic_cast<Compensated&>(*ops_[step]).set_compensation(matrix);
+  dynamic_cast<Compensated&>(*ops_[step]).set_compensation(compensation);
 }
 
 void Plan::set_costs(std::vector<StepCost> costs) {

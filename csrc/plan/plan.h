@@ -42,8 +42,8 @@ class Plan {
   Plan(PlanSpec spec, const std::vector<int64_t>& step_macs, const KernelTable& kernels, int num_threads);
 
   void set_gate(int64_t site, GateParameters parameters);
-  // `matrix` must outlive the plan; sizes are those that `compensation_sizes(step)` gives.
-  void set_compensation(int64_t step, const float* matrix);
+  // `compensation` must outlive the plan; sizes are those that `compensation_sizes(step)` gives.
+  void set_compensation(int64_t step, const float* compensation);
   std::vector<int64_t> compensation_sizes(int64_t step) const;
   void set_costs(std::vector<StepCost> costs);
 

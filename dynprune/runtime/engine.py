@@ -315,16 +315,16 @@ class Engine:
 
     def _compensate(self, steps: Sequence[int], gate: Gate, index: int) -> None:
         """Makes the steps of a consumer add what skipped channels would at their means; a transposed one is several steps."""
-        means, matrices = gate.channel_means[index].detach().cpu(), []
+        means, added = gate.channel_means[index].detach().cpu(), []
         for step in steps:
-            if self.plan.steps[step].op == "linear":
-                matrices.append(means[None])
+            if len(self._compiled.compensation_sizes(step)) == 1:
+                added.append(means)
                 continue
             weight = torch.from_numpy(self.plan.steps[step].constants["weight"])
             groups = self.plan.steps[step].ints.get("groups", [1])[0]
-            matrices.append(compensation_matrix(weight.view(weight.shape[0], -1), means, groups))
+            added.append(compensation_matrix(weight.view(weight.shape[0], -1), means, groups))
         for step in steps:
-            self._compiled.set_compensation(step, _array(sum(matrices) / len(steps)))
+            self._compiled.set_compensation(step, _array(sum(added) / len(steps)))
 
 
 def _check_numbers(x: Tensor, entries: int) -> None:

@@ -52,6 +52,13 @@ def test_planes_read_in_place(isa, in_kind):
     ConvCase((33, 20, 8, 16, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1), 3, in_kind, in_kind, seed=13, slack=256, bf16=True).check(isa)
 
 
+@pytest.mark.parametrize("name", ["1x1", "1x1-long", "one-pixel"])
+@pytest.mark.parametrize("in_kind", LIST_KINDS)
+@pytest.mark.parametrize("out_kind", [None, "random"])
+def test_compensation_by_means(isa, name, in_kind, out_kind):
+    ConvCase(SHAPES[name], 2, in_kind, out_kind, seed=9, compensation=True, bf16=True).check(isa)
+
+
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_threads_do_not_change_the_result(isa, num_threads):
     shape = (64, 96, 28, 28, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)

@@ -23,6 +23,7 @@ SHAPES = {
     "grouped": (12, 18, 9, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 3),
     "deep-reduction": (130, 5, 6, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
     "one-pixel": (9, 5, 1, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    "1x1-long": (1100, 37, 3, 7, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
 }
 RELU = {"ints": {"activation": [1]}, "floats": {"activation": [0.0, float("inf")]}}
 
@@ -43,7 +44,7 @@ class ConvCase:
     `zeros` is a function that puts zeros into the weight; the step then runs as a sparse one. With `bf16` it rounds weight and input.
     """
 
-    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0, zeros=None, bf16=False):
+    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0, zeros=None, bf16=False, phases=1):
         channels, outputs, height, width, kernel, stride, padding, dilation, groups = shape
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
@@ -62,10 +63,11 @@ class ConvCase:
         round_all = rounded if bf16 else lambda values: values
         self.want = conv_reference(round_all(masked), round_all(self.weight), self.bias, shape)
         positions = self.want[0, 0].numel()
-        self.matrix = None
-        if compensation:
-            matrix = torch.randn(outputs, channels)
-            self.matrix = matrix.numpy()
+        self.compensation = None
+        if compensation:  # by the means of the inputs where the step's own weights say what these add
+            means, of_own_weights = torch.randn(channels), kernel == (1, 1) and groups == 1 and zeros is None and phases == 1
+            matrix = round_all(self.weight).flatten(1) * round_all(means) if of_own_weights else torch.randn(outputs, channels)
+            self.compensation = (means if of_own_weights else matrix).numpy()
             for sample, chosen in enumerate(self.in_lists):
                 inactive = np.setdiff1d(np.arange(channels), chosen)
                 self.want[sample] += matrix[:, inactive].sum(1)[:, None, None]
@@ -96,6 +98,7 @@ class ConvCase:
                 "groups": [groups],
                 "sparse": [int(zeros is not None)],
                 "bf16": [int(bf16)],
+                "phases": [phases],
                 **({"winograd": [0]} if bf16 else {}),
                 **RELU["ints"],
             },
@@ -121,7 +124,7 @@ class ConvCase:
         return buffer
 
     def check(self, isa, num_threads=1):
-        run_step(isa, self.step, self.buffers, sites=self.sites, active=self.active, num_threads=num_threads, compensation=self.matrix)
+        run_step(isa, self.step, self.buffers, sites=self.sites, active=self.active, num_threads=num_threads, compensation=self.compensation)
         want = self.want.relu().flatten(2)
         positions = want.shape[2]
         for sample in range(want.shape[0]):
@@ -149,11 +152,17 @@ def test_residual_is_added_before_the_activation(isa, in_kind):
     ConvCase(SHAPES["3x3-14"], 2, in_kind, None, seed=7, residual=True).check(isa)
 
 
-@pytest.mark.parametrize("name", ["1x1", "3x3-14", "grouped"])
+@pytest.mark.parametrize("name", ["1x1", "1x1-lanes", "1x1-long", "one-pixel", "3x3-14", "grouped"])
 @pytest.mark.parametrize("in_kind", LIST_KINDS)
 @pytest.mark.parametrize("out_kind", [None, "random"])
-def test_compensation_adds_the_inactive_columns(isa, name, in_kind, out_kind):
-    ConvCase(SHAPES[name], 2, in_kind, out_kind, seed=9, compensation=True).check(isa)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_compensation_adds_the_inactive_columns(isa, name, in_kind, out_kind, num_threads):
+    ConvCase(SHAPES[name], 2, in_kind, out_kind, seed=9, compensation=True).check(isa, num_threads)
+
+
+@pytest.mark.parametrize("in_kind", LIST_KINDS)
+def test_a_layer_of_several_phases_is_compensated_by_a_matrix(isa, in_kind):
+    ConvCase(SHAPES["1x1"], 2, in_kind, None, seed=9, compensation=True, phases=4).check(isa)
 
 
 @pytest.mark.parametrize("out_kind", [None, "all", "random"])
@@ -289,7 +298,7 @@ def linear_case(
         "in_site": -1 if in_lists is None else 0,
         "out_site": -1 if out_lists is None else len(sites) - 1,
     }
-    extra = means[None].numpy() if compensation else None
+    extra = means.numpy() if compensation else None
     run_step(isa, step, [buffer, y], sites=sites, active=active, num_threads=num_threads, compensation=extra)
     for sample in range(batch):
         rows = want[sample] if out_lists is None else want[sample][np.asarray(out_lists[sample], dtype=np.int64)]

@@ -33,11 +33,14 @@ class Bf16Weight {
       const int64_t row = groups_.packed_row(index != nullptr ? index[i] : i);
       const auto tile = static_cast<int32_t>(row / kPackedRows);
       if (count == 0 || (tile_index[count - 1] != tile && count < max_tiles)) tile_index[count++] = tile;
-      const int64_t first = pairs_ ? tile * (stride_ / 2) : (count - 1) * item_stride;
-      row_offset[i - rows.begin] = static_cast<int32_t>(first + row % kPackedRows);
+      const int64_t first = (count - 1) * item_stride + row % kPackedRows;
+      row_offset[i - rows.begin] = static_cast<int32_t>(pairs_ ? first_item(row) : first);
     }
     return count;
   }
+
+  // Where the pairs of a packed row begin.
+  int64_t first_item(int64_t row) const { return row / kPackedRows * (stride_ / 2) + row % kPackedRows; }
 
   bool pairs() const { return pairs_; }
   int64_t tile_stride() const { return stride_; }  // in values

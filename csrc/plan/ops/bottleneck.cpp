@@ -177,12 +177,12 @@ class BottleneckOp final : public Op, public Compensated {
 
   bool hands_over() const override { return projects_ && spec_.inputs.size() > 1; }
 
-  void set_compensation(const float* matrix) override { compensation_ = matrix; }
+  void set_compensation(const float* compensation) override { compensation_ = compensation; }
   std::vector<int64_t> compensation_sizes() const override {
     return projects_ ? std::vector<int64_t>{project_.out_channels, channels_} : std::vector<int64_t>{};
   }
   // Of inputs of the expansion that do not run.
-  void set_expand_compensation(const float* matrix) { expand_compensation_ = matrix; }
+  void set_expand_compensation(const float* compensation) { expand_compensation_ = compensation; }
 
  private:
   struct Chunk {
@@ -372,7 +372,7 @@ class BottleneckOp final : public Op, public Compensated {
   const float* fill_bias(const RunView& run, int64_t sample, const Pointwise& layer, const float* compensation, Range outputs, float* bias) const {
     const int32_t* index = layer.out_site < 0 ? nullptr : run.active(layer.out_site, sample).index + outputs.begin;
     const int64_t count = outputs.end - outputs.begin;
-    if (compensation != nullptr && layer.in_site >= 0) {
+    if (compensation != nullptr && run.num_active(layer.in_site, sample, layer.in_channels) < layer.in_channels) {
       kernels_.dot_rows({count, layer.in_channels, compensation, layer.in_channels, index, outputs.begin,
                          run.active(layer.in_site, sample).inactive, layer.bias, bias});
     } else {
@@ -412,7 +412,7 @@ class AbsorbedOp final : public Op, public Compensated {
   int64_t scratch_floats() const override { return 0; }
   void compute(const RunView&, int64_t, int64_t, float*) const override {}
   void commit(const RunView&, int64_t, int64_t, float*) const override {}
-  void set_compensation(const float* matrix) override { taker_.set_expand_compensation(matrix); }
+  void set_compensation(const float* compensation) override { taker_.set_expand_compensation(compensation); }
   std::vector<int64_t> compensation_sizes() const override {
     if (spec_.op != "conv") return {};
     const Pointwise layer = read_pointwise(spec_);

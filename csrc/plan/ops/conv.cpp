@@ -2,13 +2,16 @@
 //
 // A chunk is some rows by some tiles of positions. For each block of the reduction it packs the patches of a tile into a panel, then
 // multiplies the chosen weight rows with it; the sums stay in scratch, and commit adds bias and residual, activates and stores.
+//
+// Skipped inputs at their means m: a layer of one tap starts from bias + W m and takes off sum over the active c of w_c m_c, a product
+// with one more position, whose weights are at hand. One of several taps adds the columns of a matrix, which is smaller than its weights.
 #include <algorithm>
 #include <cstring>
 #include <optional>
 
 #include "base/aligned_buffer.h"
 #include "plan/ops/bf16_weight.h"
-#include "plan/ops/conv_tiling.h"
+#include "plan/ops/conv_chunks.h"
 #include "plan/ops/factories.h"
 #include "plan/ops/sparse_weight.h"
 #include "plan/ops/spec_reader.h"
@@ -49,20 +52,19 @@ class ConvOp final : public Op, public Compensated {
     }
     bias_ = reader.constant("bias", {shape_.out_channels});
     activation_ = reader.activation();
-    tiles_ = make_conv_tiles(shape_, kernels, sparse_ ? 0 : kernels.gemm_max_tail);
-    patches_ = make_patch_map(shape_, tiles_, kernels.lanes, x_);
-    grid_ = make_chunk_grid(shape_, tiles_, pack_cycles_per_k(), num_threads, bf16_ ? kernels.bf16_per_item : 1);
-    for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps(); ++i) {
+    by_means_ = shape_.taps() == 1 && shape_.groups == 1 && reader.integer("phases", 1) == 1 && (bf16_ || weights_.size() > 0);
+    const std::vector<PositionTile> tiles = make_conv_tiles(shape_, kernels, sparse_ ? 0 : kernels.gemm_max_tail);
+    patches_ = make_patch_map(shape_, tiles, kernels.lanes, x_);
+    const double pack_cycles = pack_cycles_per_k(tiles[0].packed_vectors());
+    const ChunkGrid grid = make_chunk_grid(shape_, tiles, pack_cycles, num_threads, bf16_ ? kernels.bf16_per_item : 1);
+    chunks_.emplace(shape_, tiles, grid, kernels.lanes);
+    for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps() + 1; ++i) {
       offsets_.push_back(static_cast<int32_t>(i));
       packed_offsets_.push_back(static_cast<int32_t>(i * kPackedRows));
     }
-    for (int64_t part = 0; part < grid_.position_parts; ++part) {
-      max_width_ = std::max(max_width_, chunk_width(part_of(tile_count(), part, grid_.position_parts)));
-    }
-    max_rows_ = (shape_.out_channels + grid_.row_parts - 1) / grid_.row_parts + 2 * kPackedRows;
   }
 
-  int64_t chunks_per_sample() const override { return grid_.position_parts * grid_.row_parts; }
+  int64_t chunks_per_sample() const override { return chunks_->count(); }
 
   int64_t scratch_floats() const override {
     const int64_t vectors = kernels_.gemm_max_vectors;
@@ -71,42 +73,46 @@ class ConvOp final : public Op, public Compensated {
   }
 
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
-    const Chunk chunk = chunk_of(run, sample, part);
+    const ConvChunk chunk = chunk_of(run, sample, part);
     float* panel = scratch + panel_offset();
     auto* offsets = reinterpret_cast<int32_t*>(scratch + offsets_offset());
     const int64_t in_count = std::min(run.num_active(spec_.in_site, sample, shape_.in_channels), shape_.in_channels);
     const int32_t* in_index = spec_.in_site < 0 ? nullptr : run.active(spec_.in_site, sample).index;
+    const bool compensated = compensation_ != nullptr && in_count < shape_.in_channels;
+    float* bias = scratch + bias_offset();
+    float* at_means = compensated && by_means_ ? bias : nullptr;
     if (sparse_) multiply_sparse(run, sample, chunk, in_index, in_count, scratch, panel);
     for (int64_t row = chunk.rows.begin; row < chunk.rows.end && !sparse_;) {
       const int64_t group = chunk.channel(row) / shape_.group_outputs();
-      const int64_t rows_end = end_of_group(chunk, row, group);
-      const Range inputs = inputs_of_group(in_index, in_count, group);
+      const int64_t rows_end = chunks_->end_of_group(chunk, row, group);
+      const Range inputs = chunks_->inputs_of_group(in_index, in_count, group);
       if (bf16_) {
-        multiply_bf16(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch);
+        multiply_bf16(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch, at_means);
       } else {
-        multiply(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch, panel, offsets);
+        multiply(run, sample, chunk, {row, rows_end}, inputs, in_index, group, scratch, panel, offsets, at_means);
       }
       row = rows_end;
     }
-    if (compensation_ != nullptr && spec_.in_site >= 0) {
-      kernels_.dot_rows({chunk.rows.end - chunk.rows.begin, shape_.in_channels, compensation_, shape_.in_channels,
+    const int64_t rows = chunk.rows.end - chunk.rows.begin;
+    if (at_means != nullptr) {
+      for (int64_t i = 0; i < rows; ++i) bias[i] = bias_at_means_[chunk.channel(chunk.rows.begin + i)] - at_means[i];
+    } else if (compensated) {
+      kernels_.dot_rows({rows, shape_.in_channels, compensation_, shape_.in_channels,
                          chunk.index != nullptr ? chunk.index + chunk.rows.begin : nullptr, chunk.rows.begin,
-                         run.active(spec_.in_site, sample).inactive, bias_, scratch + bias_offset()});
+                         run.active(spec_.in_site, sample).inactive, bias_, bias});
     } else {
-      for (int64_t row = chunk.rows.begin; row < chunk.rows.end; ++row) {
-        scratch[bias_offset() + row - chunk.rows.begin] = bias_[chunk.channel(row)];
-      }
+      for (int64_t i = 0; i < rows; ++i) bias[i] = bias_[chunk.channel(chunk.rows.begin + i)];
     }
   }
 
   void commit(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
-    const Chunk chunk = chunk_of(run, sample, part);
+    const ConvChunk chunk = chunk_of(run, sample, part);
     finish(run, sample, chunk, scratch, scratch + bias_offset());
   }
 
   void skip(const RunView& run, int64_t sample, int64_t part) const override {
     if (spec_.inputs.size() < 2) return;
-    const Chunk chunk = chunk_of(run, sample, part);
+    const ConvChunk chunk = chunk_of(run, sample, part);
     const Rows& residual = spec_.inputs[1];
     for (int64_t row = chunk.rows.begin; row < chunk.rows.end; ++row) {
       kernels_.epilogue({1, chunk.positions.end - chunk.positions.begin, run.row(residual, sample, row) + chunk.positions.begin, 0, nullptr,
@@ -116,21 +122,24 @@ class ConvOp final : public Op, public Compensated {
 
   bool hands_over() const override { return spec_.inputs.size() > 1; }
 
-  void set_compensation(const float* matrix) override { compensation_ = matrix; }
-  std::vector<int64_t> compensation_sizes() const override { return {shape_.out_channels, shape_.in_channels}; }
+  void set_compensation(const float* compensation) override {
+    compensation_ = compensation;
+    if (compensation == nullptr || !by_means_) return;
+    bias_at_means_.assign(bias_, bias_ + shape_.out_channels);
+    for (int64_t o = 0; o < shape_.out_channels; ++o) {
+      double sum = 0.0;
+      for (int64_t c = 0; c < shape_.in_channels; ++c) {
+        const float weight = weight_[o * shape_.in_channels + c];
+        sum += static_cast<double>(kept(weight)) * kept(compensation[c]);
+      }
+      bias_at_means_[o] += static_cast<float>(sum);
+    }
+  }
+  std::vector<int64_t> compensation_sizes() const override {
+    return by_means_ ? std::vector<int64_t>{shape_.in_channels} : std::vector<int64_t>{shape_.out_channels, shape_.in_channels};
+  }
 
  private:
-  struct Chunk {
-    Range tiles;
-    Range positions;
-    Range rows;            // among the active rows
-    const int32_t* index;  // of all active rows; nullptr: row i is channel i
-    int64_t width;
-    bool packed;  // which weights are read
-
-    int64_t channel(int64_t row) const { return index != nullptr ? index[row] : row; }
-  };
-
   PackedGroups packed_groups() const { return {shape_.group_outputs()}; }
   int64_t tile_stride() const { return shape_.group_inputs() * shape_.taps() * kPackedRows; }
 
@@ -145,87 +154,54 @@ class ConvOp final : public Op, public Compensated {
     }
   }
 
-  int64_t tile_count() const { return static_cast<int64_t>(tiles_.size()); }
-
-  int64_t chunk_width(Range tiles) const {
-    int64_t vectors = 0;
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) vectors += tiles_[t].packed_vectors();
-    return vectors * kernels_.lanes;
+  ConvChunk chunk_of(const RunView& run, int64_t sample, int64_t part) const {
+    const int64_t rows = std::min(run.num_active(spec_.out_site, sample, shape_.out_channels), shape_.out_channels);
+    return chunks_->at(part, rows, spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index);
   }
 
-  Chunk chunk_of(const RunView& run, int64_t sample, int64_t part) const {
-    Chunk chunk;
-    chunk.tiles = part_of(tile_count(), grid_.position_part(part), grid_.position_parts);
-    const PositionTile& last = tiles_[chunk.tiles.end - 1];
-    chunk.positions = {tiles_[chunk.tiles.begin].first, last.first + last.count};
-    const int64_t count = std::min(run.num_active(spec_.out_site, sample, shape_.out_channels), shape_.out_channels);
-    chunk.rows = rows_of_part(count, grid_.row_part(part));
-    chunk.index = spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index;
-    chunk.width = chunk_width(chunk.tiles);
-    // A line of packed weights holds 16 rows, active or not. With few of them active, rows by themselves are less to read.
-    chunk.packed = weights_.size() > 0 && 5 * count >= 3 * shape_.out_channels;
-    return chunk;
-  }
+  // A line of packed weights holds 16 rows, active or not. With few of them active, rows by themselves are less to read.
+  bool reads_packed(const ConvChunk& chunk) const { return weights_.size() > 0 && 5 * chunk.all_rows >= 3 * shape_.out_channels; }
 
-  // Parts begin with a packed tile where they can.
-  Range rows_of_part(int64_t count, int64_t part) const {
-    if (count < grid_.row_parts * kPackedRows) return part_of(count, part, grid_.row_parts);
-    const Range tiles = part_of(count / kPackedRows, part, grid_.row_parts);
-    return {tiles.begin * kPackedRows, part + 1 == grid_.row_parts ? count : tiles.end * kPackedRows};
-  }
+  // A weight or a mean as it is multiplied.
+  float kept(float value) const { return bf16_ ? float_of(bf16_of(value)) : value; }
 
-  int64_t end_of_group(const Chunk& chunk, int64_t row, int64_t group) const {
-    if (shape_.groups == 1) return chunk.rows.end;
-    const int64_t first_of_next = (group + 1) * shape_.group_outputs();
-    if (chunk.index == nullptr) return std::min(chunk.rows.end, first_of_next);
-    const int32_t* found = std::lower_bound(chunk.index + row, chunk.index + chunk.rows.end, static_cast<int32_t>(first_of_next));
-    return std::max<int64_t>(row + 1, found - chunk.index);  // a late reader's list may be out of order; always move on
-  }
-
-  // Which of the compact input rows belong to the group.
-  Range inputs_of_group(const int32_t* index, int64_t count, int64_t group) const {
-    const int64_t first = group * shape_.group_inputs();
-    const int64_t end = first + shape_.group_inputs();
-    if (index == nullptr) return {first, end};
-    if (shape_.groups == 1) return {0, count};
-    const int64_t begin = std::lower_bound(index, index + count, static_cast<int32_t>(first)) - index;
-    const int64_t stop = std::lower_bound(index + begin, index + count, static_cast<int32_t>(end)) - index;
-    return {begin, std::min(stop, begin + shape_.group_inputs())};
-  }
-
-  void multiply(const RunView& run, int64_t sample, const Chunk& chunk, Range rows, Range inputs, const int32_t* in_index, int64_t group,
-                float* sums, float* panel, int32_t* offsets) const {
+  // `at_means`: where the sums go that the inputs give when each is at its mean, one for each row; nullptr for none.
+  void multiply(const RunView& run, int64_t sample, const ConvChunk& chunk, Range rows, Range inputs, const int32_t* in_index, int64_t group,
+                float* sums, float* panel, int32_t* offsets, float* at_means) const {
     const int64_t taps = shape_.taps();
     const int64_t reduction = (inputs.end - inputs.begin) * taps;
     const int64_t blocks = std::max<int64_t>(1, (reduction + kBlock - 1) / kBlock);
     const float* planes = run.row(x_, sample, inputs.begin);
+    const bool packed = reads_packed(chunk);
+    const int32_t* weight_offset = (packed ? packed_offsets_ : offsets_).data();
+    if (in_index != nullptr) {
+      fill_offsets(in_index + inputs.begin, group * shape_.group_inputs(), {0, reduction}, packed ? kPackedRows : 1, offsets);
+      offsets[reduction] = 0;
+      weight_offset = offsets;
+    }
     for (int64_t block = 0; block < blocks; ++block) {
       const Range k = part_of(reduction, block, blocks);
-      const int32_t* weight_offset = (chunk.packed ? packed_offsets_ : offsets_).data() + k.begin;
-      if (in_index != nullptr) {
-        fill_offsets(in_index + inputs.begin, group * shape_.group_inputs(), k, chunk.packed ? kPackedRows : 1, offsets);
-        weight_offset = offsets;
-      }
       GatherGemmArgs product{};
       product.m = rows.end - rows.begin;
       product.k = k.end - k.begin;
-      product.weight = chunk.packed ? weights_.data() : weight_;
-      product.weight_stride = chunk.packed ? tile_stride() : shape_.group_inputs() * taps;
-      product.packed = chunk.packed;
+      product.weight = packed ? weights_.data() : weight_;
+      product.weight_stride = packed ? tile_stride() : shape_.group_inputs() * taps;
+      product.packed = packed;
       product.row_index = chunk.index != nullptr ? chunk.index + rows.begin : nullptr;
-      product.row_shift = (chunk.packed ? group * packed_groups().padding() : 0) + (chunk.index != nullptr ? 0 : rows.begin);
-      product.weight_offset = weight_offset;
+      product.row_shift = (packed ? group * packed_groups().padding() : 0) + (chunk.index != nullptr ? 0 : rows.begin);
+      product.weight_offset = weight_offset + k.begin;
       product.out = sums + (rows.begin - chunk.rows.begin) * chunk.width;
       product.out_stride = chunk.width;
       product.accumulate = block > 0;
       for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
-        const PositionTile& tile = tiles_[t];
+        const PositionTile& tile = chunks_->tile(t);
         const Panel patches = pack(planes, t, k, panel);
         product.panel = patches.data;
         product.panel_stride = patches.stride;
         product.width = tile.vectors * kernels_.lanes;
-        product.tail = chunk.packed ? tile.tail : 0;
-        int64_t rest = chunk.packed ? 0 : tile.packed_vectors() - tile.vectors;  // vectors still to come
+        product.tail = packed ? tile.tail : 0;
+        if (t + 1 == chunk.tiles.end) set_next(product, chunk, rows, k, reduction);
+        int64_t rest = packed ? 0 : tile.packed_vectors() - tile.vectors;  // vectors still to come
         if (tile.packed_vectors() <= kernels_.gemm_max_vectors) {
           product.width += rest * kernels_.lanes;
           rest = 0;
@@ -240,18 +216,55 @@ class ConvOp final : public Op, public Compensated {
         }
         product.out += tile.packed_vectors() * kernels_.lanes;
       }
+      if (at_means == nullptr) continue;
+      gather_means(in_index, k, panel);
+      if (!packed) {
+        auto* packed_offsets = reinterpret_cast<int32_t*>(panel + kBlock);
+        fill_offsets(in_index, 0, k, kPackedRows, packed_offsets);
+        product.weight_offset = packed_offsets;
+      }
+      product.weight = weights_.data();
+      product.weight_stride = tile_stride();
+      product.packed = true;
+      product.panel = panel;
+      product.next_rows = 0;
+      as_one_position(product, at_means);
+      kernels_.gather_gemm(product);
     }
   }
 
-  void multiply_bf16(const RunView& run, int64_t sample, const Chunk& chunk, Range rows, Range inputs, const int32_t* in_index,
-                     int64_t group, float* scratch) const {
+  // After a block k of the reduction comes the next one, after the last the next chunk, which has the rows after these or the same.
+  void set_next(GatherGemmArgs& product, const ConvChunk& chunk, Range rows, Range k, int64_t reduction) const {
+    const bool is_last = k.end == reduction;
+    product.next_row = is_last && chunks_->rows_first() ? product.m : 0;
+    product.next_rows = is_last && chunks_->rows_first() ? chunk.all_rows - rows.end : product.m;
+    product.next_k = (is_last ? 0 : k.end) - k.begin;
+  }
+
+  // Makes a product one with a panel of a single position: a tail, or a vector where vectors have one lane.
+  template <class Product>
+  void as_one_position(Product& product, float* out) const {
+    product.tail = std::min<int64_t>(1, kernels_.gemm_max_tail);
+    product.width = 1 - product.tail;
+    product.panel_stride = product.out_stride = 1;
+    product.out = out;
+  }
+
+  // The means of the active inputs `k`, in their order.
+  void gather_means(const int32_t* in_index, Range k, float* means) const {
+    const auto limit = static_cast<int32_t>(shape_.in_channels - 1);
+    for (int64_t i = k.begin; i < k.end; ++i) means[i - k.begin] = compensation_[std::clamp<int32_t>(in_index[i], 0, limit)];
+  }
+
+  void multiply_bf16(const RunView& run, int64_t sample, const ConvChunk& chunk, Range rows, Range inputs, const int32_t* in_index,
+                     int64_t group, float* scratch, float* at_means) const {
     const int64_t taps = shape_.taps();
     const int64_t per_item = kernels_.bf16_per_item;
     const int64_t reduction = (inputs.end - inputs.begin) * taps;
     const int64_t blocks = std::max<int64_t>(1, (reduction + kBf16Block - 1) / kBf16Block);
     const float* planes = run.row(x_, sample, inputs.begin);
     auto* row_offset = reinterpret_cast<int32_t*>(scratch + bf16_offset());
-    int32_t* tile_index = row_offset + max_rows_;
+    int32_t* tile_index = row_offset + chunks_->max_rows();
     auto* items = reinterpret_cast<uint32_t*>(scratch + items_offset());
     auto* panel = reinterpret_cast<uint32_t*>(scratch + panel_offset());
     float* stage = scratch + panel_offset() + kBf16Block * (kernels_.gemm_max_vectors + 1) * kernels_.lanes;
@@ -280,18 +293,43 @@ class ConvOp final : public Op, public Compensated {
         product.weight = items;
       }
       for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
-        const PositionTile& tile = tiles_[t];
+        const PositionTile& tile = chunks_->tile(t);
         product.width = tile.vectors * kernels_.lanes;
         product.tail = tile.tail;
         product.panel_stride = tile.packed_vectors() * kernels_.lanes;
         pack_bf16(planes, t, k, panel, stage);
+        if (t + 1 == chunk.tiles.end && bf16_->pairs()) product.next = bf16_next(chunk, rows, 2 * pairs.end < reduction ? pairs.end : 0);
         kernels_.bf16_gemm(product);
         product.out += product.panel_stride;
       }
+      if (at_means == nullptr) continue;
+      gather_means(in_index, k, stage);
+      round_to_items(stage, k.end - k.begin, panel);
+      Bf16GemmArgs one = product;
+      as_one_position(one, at_means);
+      kernels_.bf16_gemm(one);
     }
   }
 
-  void multiply_sparse(const RunView& run, int64_t sample, const Chunk& chunk, const int32_t* in_index, int64_t in_count, float* sums,
+  // What is multiplied after a block of the reduction, as in `set_next`; `next_pair` is 0 after the last.
+  const uint32_t* bf16_next(const ConvChunk& chunk, Range rows, int64_t next_pair) const {
+    const int64_t row = next_pair > 0 || !chunks_->rows_first() ? rows.begin : rows.end;
+    if (row >= chunk.all_rows) return nullptr;
+    return bf16_->items() + bf16_->first_item(packed_groups().packed_row(chunk.channel(row))) + next_pair * kPackedRows;
+  }
+
+  // items[j] = item j of a panel of one position.
+  void round_to_items(const float* values, int64_t count, uint32_t* items) const {
+    if (kernels_.bf16_per_item == 1) {
+      for (int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(items)[i] = kept(values[i]);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += 2) {
+      items[i / 2] = bf16_of(values[i]) | (i + 1 < count ? static_cast<uint32_t>(bf16_of(values[i + 1])) << 16 : 0u);
+    }
+  }
+
+  void multiply_sparse(const RunView& run, int64_t sample, const ConvChunk& chunk, const int32_t* in_index, int64_t in_count, float* sums,
                        float* panel) const {
     float* scratch = sums + sparse_offset();
     const SparseWeight::Request request{chunk.rows, chunk.index, in_index, in_count};
@@ -300,11 +338,11 @@ class ConvOp final : public Op, public Compensated {
     sparse_->prepare(request, scratch);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range channels = part_of(in_count, block, blocks);
-      SparseGemmArgs product = sparse_->select(request, block, max_rows_, scratch);
+      SparseGemmArgs product = sparse_->select(request, block, chunks_->max_rows(), scratch);
       product.out_stride = chunk.width;
       product.out = sums;
       for (int64_t t = chunk.tiles.begin; t < chunk.tiles.end; ++t) {
-        product.width = tiles_[t].vectors * kernels_.lanes;
+        product.width = chunks_->tile(t).vectors * kernels_.lanes;
         const Panel patches = pack(planes, t, {channels.begin * shape_.taps(), channels.end * shape_.taps()}, panel);
         product.panel = patches.data;
         product.panel_stride = patches.stride;
@@ -322,12 +360,12 @@ class ConvOp final : public Op, public Compensated {
   // The patches of tile t for the reduction indices k, packed into `panel` unless the planes themselves will do.
   Panel pack(const float* planes, int64_t t, Range k, float* panel) const {
     const int64_t taps = shape_.taps();
-    const int64_t width = tiles_[t].packed_vectors() * kernels_.lanes;
+    const int64_t width = chunks_->tile(t).packed_vectors() * kernels_.lanes;
     switch (patches_.packing) {
       case Packing::kDirect:
-        return {planes + k.begin * x_.row_stride + tiles_[t].first, x_.row_stride};
+        return {planes + k.begin * x_.row_stride + chunks_->tile(t).first, x_.row_stride};
       case Packing::kShifted:
-        kernels_.pack_shifted({planes + tiles_[t].first, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.shifts.data(),
+        kernels_.pack_shifted({planes + chunks_->tile(t).first, x_.row_stride, taps, k.begin, k.end - k.begin, patches_.shifts.data(),
                                patches_.masks.data() + patches_.first_vector[t], panel, width / kernels_.lanes});
         break;
       case Packing::kGathered:
@@ -343,17 +381,17 @@ class ConvOp final : public Op, public Compensated {
   }
 
   // Of one panel row of a tile, with rounding it to bfloat16.
-  double pack_cycles_per_k() const {
+  double pack_cycles_per_k(int64_t vectors) const {
     const double round_cycles = patches_.packing == Packing::kShifted ? -1.0 : 1.5;  // of a vector; both in one pass cost less than one
-    return patches_.cycles_per_k + (bf16_ ? round_cycles * static_cast<double>(tiles_[0].packed_vectors()) : 0.0);
+    return patches_.cycles_per_k + (bf16_ ? round_cycles * static_cast<double>(vectors) : 0.0);
   }
 
   // The same in items of bfloat16; `stage` holds some of it as f32 on the way.
   void pack_bf16(const float* planes, int64_t t, Range k, uint32_t* panel, float* stage) const {
-    const int64_t vectors = tiles_[t].packed_vectors();
+    const int64_t vectors = chunks_->tile(t).packed_vectors();
     const int64_t width = vectors * kernels_.lanes;
     if (patches_.packing == Packing::kShifted) {
-      kernels_.bf16_pack_shifted({planes + tiles_[t].first, x_.row_stride, shape_.taps(), k.begin, k.end - k.begin, patches_.shifts.data(),
+      kernels_.bf16_pack_shifted({planes + chunks_->tile(t).first, x_.row_stride, shape_.taps(), k.begin, k.end - k.begin, patches_.shifts.data(),
                                   patches_.masks.data() + patches_.first_vector[t], panel, vectors});
       return;
     }
@@ -369,6 +407,14 @@ class ConvOp final : public Op, public Compensated {
   void fill_offsets(const int32_t* index, int64_t first_channel, Range k, int64_t distance, int32_t* offsets) const {
     const int64_t taps = shape_.taps();
     const int64_t limit = shape_.group_inputs() - 1;
+    if (taps == 1) {
+      const auto first = static_cast<int32_t>(first_channel);
+      const auto last = static_cast<int32_t>(limit);
+      for (int64_t i = k.begin; i < k.end; ++i) {
+        *offsets++ = std::clamp<int32_t>(index[i] - first, 0, last) * static_cast<int32_t>(distance);
+      }
+      return;
+    }
     int64_t row = k.begin / taps;
     int64_t tap = k.begin % taps;
     int64_t base = std::clamp<int64_t>(index[row] - first_channel, 0, limit) * taps;
@@ -381,7 +427,7 @@ class ConvOp final : public Op, public Compensated {
     }
   }
 
-  void finish(const RunView& run, int64_t sample, const Chunk& chunk, const float* sums, const float* bias) const {
+  void finish(const RunView& run, int64_t sample, const ConvChunk& chunk, const float* sums, const float* bias) const {
     const int64_t rows = chunk.rows.end - chunk.rows.begin;
     if (rows == 0) return;
     const bool has_residual = spec_.inputs.size() > 1;
@@ -392,15 +438,17 @@ class ConvOp final : public Op, public Compensated {
   }
 
   static int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
-  int64_t bias_offset() const { return align(max_rows_ * max_width_); }
-  int64_t offsets_offset() const { return bias_offset() + align(max_rows_); }
-  int64_t sparse_offset() const { return offsets_offset() + align(std::max(kBlock, kBf16Block)); }
+  int64_t bias_offset() const { return align(chunks_->max_rows() * chunks_->max_width()); }
+  int64_t offsets_offset() const { return bias_offset() + align(chunks_->max_rows()); }
+  int64_t sparse_offset() const {
+    return offsets_offset() + align(std::max(shape_.group_inputs() * shape_.taps() + 1, bf16_ ? kBf16Block : 0));
+  }
   int64_t bf16_offset() const { return sparse_offset(); }
-  int64_t items_offset() const { return bf16_offset() + align(2 * max_rows_); }
+  int64_t items_offset() const { return bf16_offset() + align(2 * chunks_->max_rows()); }
   int64_t item_stride() const { return kBf16Block / kernels_.bf16_per_item * kPackedRows; }
-  int64_t max_tiles() const { return std::min(max_rows_, shape_.groups * packed_groups().tiles()); }
+  int64_t max_tiles() const { return std::min(chunks_->max_rows(), shape_.groups * packed_groups().tiles()); }
   int64_t panel_offset() const {
-    if (sparse_) return sparse_offset() + align(sparse_->scratch_floats(max_rows_, spec_.in_site >= 0));
+    if (sparse_) return sparse_offset() + align(sparse_->scratch_floats(chunks_->max_rows(), spec_.in_site >= 0));
     if (!bf16_) return sparse_offset();
     return items_offset() + (bf16_->pairs() ? 0 : max_tiles() * item_stride());
   }
@@ -411,17 +459,16 @@ class ConvOp final : public Op, public Compensated {
   const float* weight_;           // [out_channels][group_inputs * taps]
   AlignedBuffer<float> weights_;  // [group][group_outputs / kPackedRows][group_inputs * taps][kPackedRows]
   const float* bias_;
-  const float* compensation_ = nullptr;
+  bool by_means_ = false;                // what compensates inputs is their means rather than a matrix
+  const float* compensation_ = nullptr;  // [in_channels] or [out_channels][in_channels]
+  std::vector<float> bias_at_means_;     // what the layer gives when all inputs are at their means
   ActivationSpec activation_;
-  std::vector<PositionTile> tiles_;
   PatchMap patches_;
-  ChunkGrid grid_;
+  std::optional<ConvChunks> chunks_;
   std::optional<SparseWeight> sparse_;
   std::optional<Bf16Weight> bf16_;
   std::vector<int32_t> offsets_;         // the weight offsets of a whole input
   std::vector<int32_t> packed_offsets_;  // and in packed weights
-  int64_t max_width_ = 0;
-  int64_t max_rows_ = 0;
 };
 
 }  // namespace

@@ -12,9 +12,9 @@ namespace dynprune {
 class Compensated {
  public:
   virtual ~Compensated() = default;
-  // The matrix, of `compensation_sizes()`, must live as long as the plan; nullptr switches compensation off. Of a convolution it is
-  // [K, C], what each channel adds to each output; of a linear layer [1, C], the means themselves.
-  virtual void set_compensation(const float* matrix) = 0;
+  // What compensates, of `compensation_sizes()`, must live as long as the plan; nullptr switches compensation off. It is [C], the means
+  // themselves, or [K, C], what each channel adds to each output.
+  virtual void set_compensation(const float* compensation) = 0;
   virtual std::vector<int64_t> compensation_sizes() const = 0;
 };
 

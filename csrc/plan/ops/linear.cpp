@@ -143,7 +143,7 @@ class LinearOp final : public Op, public Compensated {
   }
   // The mean of each input channel.
   std::vector<int64_t> compensation_sizes() const override {
-    return spec_.in_site < 0 ? std::vector<int64_t>{} : std::vector<int64_t>{1, in_ / repeat_};
+    return spec_.in_site < 0 ? std::vector<int64_t>{} : std::vector<int64_t>{in_ / repeat_};
   }
 
  private:

@@ -196,7 +196,7 @@ class WinogradOp final : public Op, public Compensated {
                                 result_stride_, shape_.out_width});
     }
     float* bias = scratch + bias_offset();
-    if (compensation_ != nullptr && spec_.in_site >= 0) {
+    if (compensation_ != nullptr && count < shape_.in_channels) {
       kernels_.dot_rows({rows, shape_.in_channels, compensation_, shape_.in_channels,
                          chunk.index != nullptr ? chunk.index + chunk.rows.begin : nullptr, chunk.rows.begin,
                          run.active(spec_.in_site, sample).inactive, bias_, bias});
@@ -231,7 +231,7 @@ class WinogradOp final : public Op, public Compensated {
 
   bool hands_over() const override { return spec_.inputs.size() > 1; }
 
-  void set_compensation(const float* matrix) override { compensation_ = matrix; }
+  void set_compensation(const float* compensation) override { compensation_ = compensation; }
   std::vector<int64_t> compensation_sizes() const override { return {shape_.out_channels, shape_.in_channels}; }
 
  private:

@@ -69,7 +69,7 @@ def conv_transpose(draft: Draft, node: Node) -> EngineValue:
     whole = draft.new_view(node, out_size)
     for y, x in itertools.product(*axes):
         taps = weights[:, :, y.taps][:, :, :, x.taps]
-        part = _phase_conv(draft, node, source, (y, x), taps, biases, groups, plane)
+        part = _phase_conv(draft, node, source, (y, x), taps, biases, groups, plane, len(axes[0]) * len(axes[1]))
         if len(axes[0]) == len(axes[1]) == 1:
             whole = part.view
             break
@@ -88,8 +88,9 @@ def _phase_conv(
     bias: np.ndarray,
     groups: int,
     plane: tuple[int, ...],
+    phases: int,
 ) -> EngineValue:
-    """Emits the convolution of one phase; what it leaves out at the input's border is cut off before."""
+    """Emits the convolution of one of several phases; what it leaves out at the input's border is cut off before."""
     outputs, kernel = len(weight), list(weight.shape[2:])
     rows, x = draft.planar(source, 0)
     cut = [(min(0, axis.before), min(0, axis.after)) for axis in phase]
@@ -106,7 +107,7 @@ def _phase_conv(
     ints |= {"padding": [*before, *after], "dilation": [1, 1]}
     depthwise = groups == rows.rows == outputs and groups > 1
     if not depthwise:
-        ints["groups"] = [groups]
+        ints |= {"groups": [groups], "phases": [phases]}
     constants = {"weight": np.ascontiguousarray(weight.reshape(outputs, -1)), "bias": bias}
     output = Rows(view.buffer, 0, outputs, positions, positions)
     draft.emit("depthwise" if depthwise else "conv", node, [(rows, x)], output, ints=ints, constants=constants)
