@@ -15,7 +15,8 @@ from dynprune.training.costing import step_costs
 
 ANCHORS = 4
 """Levels between which costs are told apart: the loss sees one mean per anchor, 1/4, 2/4, 3/4 and 1."""
-THRESHOLD_RATE = 0.05
+THRESHOLD_RATE = 0.2
+"""Of scores per share of the cost. A tenth of the scores' spread for half of the cost; slower, and gates that learn outrun it."""
 
 
 class GateLoss(nn.Module):
