@@ -44,7 +44,9 @@ class ConvCase:
     `zeros` is a function that puts zeros into the weight; the step then runs as a sparse one. With `bf16` it rounds weight and input.
     """
 
-    def __init__(self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0, zeros=None, bf16=False, phases=1):
+    def __init__(
+        self, shape, batch, in_kind, out_kind, seed, residual=False, compensation=False, slack=0, zeros=None, bf16=False, phases=1
+    ):
         channels, outputs, height, width, kernel, stride, padding, dilation, groups = shape
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
@@ -63,11 +65,11 @@ class ConvCase:
         round_all = rounded if bf16 else lambda values: values
         self.want = conv_reference(round_all(masked), round_all(self.weight), self.bias, shape)
         positions = self.want[0, 0].numel()
-        self.compensation = None
+        self.added = None
         if compensation:  # by the means of the inputs where the step's own weights say what these add
             means, of_own_weights = torch.randn(channels), kernel == (1, 1) and groups == 1 and zeros is None and phases == 1
             matrix = round_all(self.weight).flatten(1) * round_all(means) if of_own_weights else torch.randn(outputs, channels)
-            self.compensation = (means if of_own_weights else matrix).numpy()
+            self.added = (means if of_own_weights else matrix).numpy()
             for sample, chosen in enumerate(self.in_lists):
                 inactive = np.setdiff1d(np.arange(channels), chosen)
                 self.want[sample] += matrix[:, inactive].sum(1)[:, None, None]
@@ -124,7 +126,7 @@ class ConvCase:
         return buffer
 
     def check(self, isa, num_threads=1):
-        run_step(isa, self.step, self.buffers, sites=self.sites, active=self.active, num_threads=num_threads, compensation=self.compensation)
+        run_step(isa, self.step, self.buffers, sites=self.sites, active=self.active, num_threads=num_threads, compensation=self.added)
         want = self.want.relu().flatten(2)
         positions = want.shape[2]
         for sample in range(want.shape[0]):
