@@ -17,12 +17,12 @@ def plot(results: Results, path: Path) -> None:
     axes = figure.add_subplot()
     levels = results.sweep
     axes.plot([row.p50_ms for row in levels], [100 * row.accuracy for row in levels], "o-", label="fixed level (level, share skipped)")
-    for row in levels:
+    for number, row in enumerate(levels):
         axes.annotate(
             f"{row.level:.2f}, {row.skip_rate:.0%}",
             (row.p50_ms, 100 * row.accuracy),
             textcoords="offset points",
-            xytext=(6, -12),
+            xytext=(6, 6 if number % 2 else -12),  # neighbours may take the same time
             fontsize="small",
         )
     for number, row in enumerate(results.budgets):
