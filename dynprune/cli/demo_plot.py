@@ -22,7 +22,8 @@ def plot(results: Results, path: Path) -> None:
             f"{row.level:.2f}, {row.skip_rate:.0%}",
             (row.p50_ms, 100 * row.accuracy),
             textcoords="offset points",
-            xytext=(6, 6 if number % 2 else -12),  # neighbours may take the same time
+            xytext=(-6, 6) if number % 2 else (6, -12),  # neighbours may take the same time
+            horizontalalignment="right" if number % 2 else "left",
             fontsize="small",
         )
     for number, row in enumerate(results.budgets):
