@@ -28,7 +28,6 @@ constexpr int kGemmVectors = 8;
 // More positions than this in the last vector are cheaper as a vector.
 constexpr int kGemmMaxTail = Vec::kLanes == 1 ? 0 : Vec::kLanes / 4 + 1;
 
-
 template <int MR, class Tile>
 void tile_of_rows(int64_t first, int64_t rows, const Tile& tile) {
   if constexpr (MR > 0) {

@@ -16,7 +16,7 @@ from dynprune.training.costing import step_costs
 ANCHORS = 4
 """Levels between which costs are told apart: the loss sees one mean per anchor, 1/4, 2/4, 3/4 and 1."""
 THRESHOLD_RATE = 0.2
-"""Of scores per share of the cost. A tenth of the scores' spread for half of the cost; slower, and gates that learn outrun it."""
+"""Of scores per share of the cost and step: a tenth of the unit spread that scores start with for half of the cost."""
 
 
 class GateLoss(nn.Module):
