@@ -77,6 +77,8 @@ struct PackGatheredArgs {
 
 // Packed weights: those of this many output channels lie together, column by column, so that a tile of rows reads one stream of lines.
 constexpr int64_t kPackedRows = 16;
+// So many columns ahead a product with packed weights asks for their lines; so many more entries can be read behind its weight offsets.
+constexpr int64_t kColumnsAhead = 12;
 
 // out[i][p] = (accumulate ? out[i][p] : 0) + sum_k row_i[weight_offset[k]] * panel[k][p] for p < width + tail. Row r begins at weight +
 // r * weight_stride, or, packed, at weight + r / kPackedRows * weight_stride + r % kPackedRows.
@@ -90,7 +92,7 @@ struct GatherGemmArgs {
   bool packed;
   const int32_t* row_index;      // [m]; nullptr: i
   int64_t row_shift;             // r of row i is row_index[i] + row_shift
-  const int32_t* weight_offset;  // [k]
+  const int32_t* weight_offset;  // [k]; packed [k + kColumnsAhead], the last only to ask for
   const float* panel;            // row k at panel + k * panel_stride; all `width` lanes are read
   int64_t panel_stride;
   float* out;
@@ -363,6 +365,22 @@ struct NormalizeArgs {
   int64_t out_stride;
 };
 
+// Norms along the rows: the statistics of positions 0..n-1 go to `mean` (0 where the norm takes none) and `factor`, and
+// out = (in - mean) * factor * weight + bias. The kernels of statistics write these two alone, the other one reads them.
+struct ColumnNormArgs {
+  int64_t rows;
+  int64_t n;
+  const float* in;
+  int64_t in_stride;
+  float* mean;
+  float* factor;
+  const float* weight;  // of the rows; may be null
+  const float* bias;    // of the rows; may be null
+  float eps;
+  float* out;
+  int64_t out_stride;
+};
+
 // out[j][i] = in[i][j] for i < rows, j < columns.
 struct TransposeArgs {
   int64_t rows;
@@ -466,9 +484,10 @@ struct KernelTable {
   void (*row_means)(const RowMeansArgs&);
   void (*affine)(const AffineArgs&);
   void (*binary)(const BinaryArgs&);
-  void (*layer_norm_columns)(const NormalizeArgs&);
+  void (*layer_norm_statistics)(const ColumnNormArgs&);
+  void (*rms_norm_statistics)(const ColumnNormArgs&);
+  void (*apply_column_norm)(const ColumnNormArgs&);
   void (*layer_norm_rows)(const NormalizeArgs&);
-  void (*rms_norm_columns)(const NormalizeArgs&);
   void (*rms_norm_rows)(const NormalizeArgs&);
   void (*softmax_columns)(const NormalizeArgs&);
   void (*softmax_rows)(const NormalizeArgs&);

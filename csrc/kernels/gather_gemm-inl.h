@@ -56,10 +56,12 @@ void gemm_tile(const GatherGemmArgs& a, int64_t first) {
   const float* panel = a.panel;
   const int32_t* const end = a.weight_offset + a.k;
   for (const int32_t* column = a.weight_offset; column < end;) {
-    // Packed rows: a line of each column. Others: a line of each row, which holds the next columns.
+    // Packed rows: a line of each column, and the lines that this tile comes to soon, which only lie in the second level if columns have
+    // gaps. Others: a line of each row, which holds the next columns.
     const int32_t* stop = column + 1;
     if constexpr (kPacked) {
       __builtin_prefetch(next[0] + column[ahead.k], 0, 2);
+      __builtin_prefetch(weight[0] + column[kColumnsAhead], 0, 3);
     } else {
       const int64_t offset = column[ahead.k];
 #pragma GCC unroll 16

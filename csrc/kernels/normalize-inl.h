@@ -1,19 +1,20 @@
-// Layer norm, norm by the root mean square, and softmax, along the rows of each position (columns) or along the positions of each row.
+// Softmax along the rows of each position (columns), and along the positions of each row softmax, layer norm and norm by the root mean
+// square; these two along the rows are in column_norm-inl.h.
 //
 //   layer norm: out = (in - mean) / sqrt(variance + eps) * weight + bias, the variance taken around the mean in a second pass
 //   rms norm:   out = in / sqrt(mean of in^2 + eps) * weight
 //   softmax:    out = exp(in - max) / sum exp(in - max)
 //
-// Along the rows everything is vertical: lanes are positions, and the first pass of layer norm and softmax copies the block to `out`,
-// where the later passes find it in the cache.
+// Along the rows everything is vertical: lanes are positions, and the first pass copies the block to `out`, where the later passes find
+// it in the cache.
 #pragma once
 
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "kernels.h"
 #include "kernels/activation-inl.h"
+#include "kernels/column_norm-inl.h"
 #include "kernels/pool-inl.h"
 #include "kernels/window-inl.h"
 
@@ -35,65 +36,6 @@ void combine_rows(const NormalizeArgs& a, int64_t first, Vec neutral, Combine co
       store(out + v * Vec::kLanes, x);
       result[v] = combine(result[v], x);
     }
-  }
-}
-
-template <int NV>
-void layer_norm_block(const NormalizeArgs& a, int64_t first) {
-  const Vec scale = set1(1.0f / static_cast<float>(a.rows));
-  Vec mean[NV];
-  combine_rows<NV>(a, first, zero(), [](Vec sum, Vec x) { return add(sum, x); }, mean);
-  Vec variance[NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    mean[v] = mul(mean[v], scale);
-    variance[v] = zero();
-  }
-  float* out = a.out + first;
-  for (int64_t i = 0; i < a.rows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const Vec x = sub(load(out + i * a.out_stride + v * Vec::kLanes), mean[v]);
-      variance[v] = fma(x, x, variance[v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) variance[v] = div(set1(1.0f), sqrt(fma(variance[v], scale, set1(a.eps))));
-  for (int64_t i = 0; i < a.rows; ++i) {
-    const Vec weight = set1(a.weight != nullptr ? a.weight[i] : 1.0f);
-    const Vec bias = set1(a.bias != nullptr ? a.bias[i] : 0.0f);
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      float* p = out + i * a.out_stride + v * Vec::kLanes;
-      store(p, fma(mul(sub(load(p), mean[v]), variance[v]), weight, bias));
-    }
-  }
-}
-
-template <int NV>
-void rms_norm_block(const NormalizeArgs& a, int64_t first) {
-  const int64_t lanes_in_last = a.n - first - (NV - 1) * Vec::kLanes;
-  const auto read = [&](int64_t i, int v) {
-    const float* in = a.in + i * a.in_stride + first + v * Vec::kLanes;
-    return v + 1 < NV ? load(in) : load_lanes(in, lanes_in_last);
-  };
-  Vec factor[NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) factor[v] = zero();
-  for (int64_t i = 0; i < a.rows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const Vec x = read(i, v);
-      factor[v] = fma(x, x, factor[v]);
-    }
-  }
-  const Vec scale = set1(1.0f / static_cast<float>(a.rows));
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) factor[v] = div(set1(1.0f), sqrt(fma(factor[v], scale, set1(a.eps))));
-  for (int64_t i = 0; i < a.rows; ++i) {
-    const Vec weight = set1(a.weight != nullptr ? a.weight[i] : 1.0f);
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(a.out + i * a.out_stride + first + v * Vec::kLanes, mul(mul(read(i, v), factor[v]), weight));
   }
 }
 
@@ -123,23 +65,6 @@ void softmax_block(const NormalizeArgs& a, int64_t first) {
       store(p, mul(load(p), sum[v]));
     }
   }
-}
-
-// Calls block(first, vectors) for blocks of 4, 2 and 1 vectors of positions, `vectors` a std::integral_constant.
-template <class Block>
-void for_blocks(int64_t n, Block&& block) {
-  int64_t p = 0;
-  for (; p + 4 * Vec::kLanes <= n; p += 4 * Vec::kLanes) block(p, std::integral_constant<int, 4>());
-  for (; p + Vec::kLanes < n; p += 2 * Vec::kLanes) block(p, std::integral_constant<int, 2>());
-  if (p < n) block(p, std::integral_constant<int, 1>());
-}
-
-void layer_norm_columns(const NormalizeArgs& a) {
-  for_blocks(a.n, [&a](int64_t first, auto vectors) { layer_norm_block<decltype(vectors)::value>(a, first); });
-}
-
-void rms_norm_columns(const NormalizeArgs& a) {
-  for_blocks(a.n, [&a](int64_t first, auto vectors) { rms_norm_block<decltype(vectors)::value>(a, first); });
 }
 
 void softmax_columns(const NormalizeArgs& a) {

@@ -58,7 +58,7 @@ class ConvOp final : public Op, public Compensated {
     const double pack_cycles = pack_cycles_per_k(tiles[0].packed_vectors());
     const ChunkGrid grid = make_chunk_grid(shape_, tiles, pack_cycles, num_threads, bf16_ ? kernels.bf16_per_item : 1);
     chunks_.emplace(shape_, tiles, grid, kernels.lanes);
-    for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps() + 1; ++i) {
+    for (int64_t i = 0; i < shape_.group_inputs() * shape_.taps() + kColumnsAhead; ++i) {
       offsets_.push_back(static_cast<int32_t>(i));
       packed_offsets_.push_back(static_cast<int32_t>(i * kPackedRows));
     }
@@ -159,8 +159,12 @@ class ConvOp final : public Op, public Compensated {
     return chunks_->at(part, rows, spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index);
   }
 
-  // A line of packed weights holds 16 rows, active or not. With few of them active, rows by themselves are less to read.
-  bool reads_packed(const ConvChunk& chunk) const { return weights_.size() > 0 && 5 * chunk.all_rows >= 3 * shape_.out_channels; }
+  // A line of packed weights holds 16 rows, active or not, and a tile of a list's rows lies in several: rows by themselves are faster,
+  // unless a last few positions have to be multiplied as a vector then.
+  bool reads_packed(const ConvChunk& chunk) const {
+    if (weights_.size() == 0) return false;
+    return chunk.all_rows == shape_.out_channels || (chunks_->has_tail() && 10 * chunk.all_rows >= 7 * shape_.out_channels);
+  }
 
   // A weight or a mean as it is multiplied.
   float kept(float value) const { return bf16_ ? float_of(bf16_of(value)) : value; }
@@ -176,7 +180,7 @@ class ConvOp final : public Op, public Compensated {
     const int32_t* weight_offset = (packed ? packed_offsets_ : offsets_).data();
     if (in_index != nullptr) {
       fill_offsets(in_index + inputs.begin, group * shape_.group_inputs(), {0, reduction}, packed ? kPackedRows : 1, offsets);
-      offsets[reduction] = 0;
+      std::fill_n(offsets + reduction, kColumnsAhead, 0);
       weight_offset = offsets;
     }
     for (int64_t block = 0; block < blocks; ++block) {
@@ -221,6 +225,7 @@ class ConvOp final : public Op, public Compensated {
       if (!packed) {
         auto* packed_offsets = reinterpret_cast<int32_t*>(panel + kBlock);
         fill_offsets(in_index, 0, k, kPackedRows, packed_offsets);
+        std::fill_n(packed_offsets + (k.end - k.begin), kColumnsAhead, 0);
         product.weight_offset = packed_offsets;
       }
       product.weight = weights_.data();
@@ -441,7 +446,7 @@ class ConvOp final : public Op, public Compensated {
   int64_t bias_offset() const { return align(chunks_->max_rows() * chunks_->max_width()); }
   int64_t offsets_offset() const { return bias_offset() + align(chunks_->max_rows()); }
   int64_t sparse_offset() const {
-    return offsets_offset() + align(std::max(shape_.group_inputs() * shape_.taps() + 1, bf16_ ? kBf16Block : 0));
+    return offsets_offset() + align(std::max(shape_.group_inputs() * shape_.taps() + kColumnsAhead, bf16_ ? kBf16Block : 0));
   }
   int64_t bf16_offset() const { return sparse_offset(); }
   int64_t items_offset() const { return bf16_offset() + align(2 * chunks_->max_rows()); }
