@@ -46,7 +46,10 @@ void gemm_tile(const GatherGemmArgs& a, int64_t first) {
   Vec sum[MR][NV];
   for (int i = 0; i < MR; ++i) weight[i] = row_begin(a, first + i);
   const TileAhead ahead = tile_ahead(a, first, MR);
-  for (int i = 0; i < (kPacked ? 1 : MR); ++i) next[i] = row_begin(a, ahead.row + i < ahead.last ? ahead.row + i : ahead.last);
+  for (int i = 0; i < (kPacked ? 1 : MR); ++i) {
+    const int64_t row = ahead.row + (kPacked ? MR - 1 : i);  // the lines of packed rows before the last are those of this tile, mostly
+    next[i] = row_begin(a, row < ahead.last ? row : ahead.last);
+  }
   float* out = a.out + first * a.out_stride;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -62,6 +65,7 @@ void gemm_tile(const GatherGemmArgs& a, int64_t first) {
     if constexpr (kPacked) {
       __builtin_prefetch(next[0] + column[ahead.k], 0, 2);
       __builtin_prefetch(weight[0] + column[kColumnsAhead], 0, 3);
+      __builtin_prefetch(weight[MR - 1] + column[kColumnsAhead], 0, 3);
     } else {
       const int64_t offset = column[ahead.k];
 #pragma GCC unroll 16

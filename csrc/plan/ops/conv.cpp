@@ -29,7 +29,7 @@ constexpr int64_t kBf16Stage = 64;
 class ConvOp final : public Op, public Compensated {
  public:
   ConvOp(StepSpec step, const KernelTable& kernels, int num_threads)
-      : Op(std::move(step)), kernels_(kernels), shape_(read_conv_shape(spec_)) {
+      : Op(std::move(step)), kernels_(kernels), shape_(read_conv_shape(spec_)), alone_(num_threads == 1) {
     const SpecReader reader(spec_);
     x_ = reader.input(0);
     reader.check_rows("the input", x_, shape_.in_channels, shape_.in_positions());
@@ -81,6 +81,7 @@ class ConvOp final : public Op, public Compensated {
     const bool compensated = compensation_ != nullptr && in_count < shape_.in_channels;
     float* bias = scratch + bias_offset();
     float* at_means = compensated && by_means_ ? bias : nullptr;
+    if (alone_) ask_for_results(run, sample, chunk);
     if (sparse_) multiply_sparse(run, sample, chunk, in_index, in_count, scratch, panel);
     for (int64_t row = chunk.rows.begin; row < chunk.rows.end && !sparse_;) {
       const int64_t group = chunk.channel(row) / shape_.group_outputs();
@@ -159,12 +160,22 @@ class ConvOp final : public Op, public Compensated {
     return chunks_->at(part, rows, spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index);
   }
 
-  // A line of packed weights holds 16 rows, active or not, and a tile of a list's rows lies in several: rows by themselves are faster,
-  // unless a last few positions have to be multiplied as a vector then.
-  bool reads_packed(const ConvChunk& chunk) const {
-    if (weights_.size() == 0) return false;
-    return chunk.all_rows == shape_.out_channels || (chunks_->has_tail() && 10 * chunk.all_rows >= 7 * shape_.out_channels);
+  // Asks for what commit reads and writes, so that it comes while the chunk multiplies. Not where another thread may hold those lines:
+  // then taking them over this early is slower.
+  void ask_for_results(const RunView& run, int64_t sample, const ConvChunk& chunk) const {
+    constexpr int64_t kLine = 16;
+    for (int64_t row = chunk.rows.begin; row < chunk.rows.end; ++row) {
+      const float* out = run.row(spec_.output, sample, row);
+      const float* residual = spec_.inputs.size() > 1 ? run.row(spec_.inputs[1], sample, row) : out;
+      for (int64_t p = chunk.positions.begin; p < chunk.positions.end; p += kLine) {
+        __builtin_prefetch(out + p, 1, 2);
+        __builtin_prefetch(residual + p, 0, 2);
+      }
+    }
   }
+
+  // A line of packed weights holds 16 rows, active or not. With few of them active, rows by themselves are less to read.
+  bool reads_packed(const ConvChunk& chunk) const { return weights_.size() > 0 && 2 * chunk.all_rows >= shape_.out_channels; }
 
   // A weight or a mean as it is multiplied.
   float kept(float value) const { return bf16_ ? float_of(bf16_of(value)) : value; }
@@ -460,6 +471,7 @@ class ConvOp final : public Op, public Compensated {
 
   const KernelTable& kernels_;
   ConvShape shape_;
+  bool alone_;  // one thread runs the plan
   Rows x_;
   const float* weight_;           // [out_channels][group_inputs * taps]
   AlignedBuffer<float> weights_;  // [group][group_outputs / kPackedRows][group_inputs * taps][kPackedRows]

@@ -33,7 +33,6 @@ class ConvChunks {
   int64_t max_rows() const { return (shape_.out_channels + grid_.row_parts - 1) / grid_.row_parts + 2 * kPackedRows; }
   int64_t max_width() const { return max_width_; }
   const PositionTile& tile(int64_t t) const { return tiles_[t]; }
-  bool has_tail() const { return tiles_.back().tail > 0; }
   // Whether the chunk after one has the rows that follow, at the same positions.
   bool rows_first() const { return grid_.rows_first; }
 
