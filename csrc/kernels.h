@@ -435,7 +435,7 @@ struct WinogradProductArgs {
   int64_t tile_stride;
   const int32_t* row_index;
   int64_t first_row;
-  const int32_t* column_offset;  // [k]: the input channel times kPackedRows
+  const int32_t* column_offset;  // [k + kColumnsAhead]: the input channel times kPackedRows; the last only to ask for
   const float* in;               // [k][width]
   int64_t in_stride;
   float* out;  // [m][width]

@@ -125,7 +125,8 @@ void bf16_tile(const Bf16GemmArgs& a, int64_t first) {
   const uint32_t* weight[MR];
   Vec sum[MR][NV];
   for (int i = 0; i < MR; ++i) weight[i] = a.weight + a.row_offset[first + i];
-  const uint32_t* next = a.weight + a.row_offset[first + MR < a.m ? first + MR : first];
+  // The last row of the next tile: the lines of those before it are this tile's, mostly.
+  const uint32_t* next = a.weight + a.row_offset[first + 2 * MR <= a.m ? first + 2 * MR - 1 : a.m - 1];
   if (first + MR >= a.m && a.next != nullptr) next = a.next;
   float* out = a.out + first * a.out_stride;
 #pragma GCC unroll 16

@@ -73,12 +73,18 @@ class ConvChunks {
     return vectors * lanes_;
   }
 
-  // Parts begin with a packed tile where they can.
+  // Few active rows make fewer parts, as each part packs its patches anew; the parts behind those are empty. Parts begin with a packed tile
+  // of all rows, or a tile of a product's, where they can.
   Range rows_of_part(int64_t count, int64_t part) const {
-    if (count < grid_.row_parts * kPackedRows) return part_of(count, part, grid_.row_parts);
-    const Range tiles = part_of(count / kPackedRows, part, grid_.row_parts);
-    return {tiles.begin * kPackedRows, part + 1 == grid_.row_parts ? count : tiles.end * kPackedRows};
+    const int64_t parts = parts_of_some(count, shape_.out_channels, grid_.row_parts, grid_.least_row_parts);
+    if (part >= parts) return {count, count};
+    const int64_t tile = count == shape_.out_channels ? kPackedRows : kTileRows;
+    if (count < parts * tile) return part_of(count, part, parts);
+    const Range tiles = part_of(count / tile, part, parts);
+    return {tiles.begin * tile, part + 1 == parts ? count : tiles.end * tile};
   }
+
+  static constexpr int64_t kTileRows = 8;  // of most products
 
   ConvShape shape_;
   std::vector<PositionTile> tiles_;

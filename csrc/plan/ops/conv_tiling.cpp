@@ -236,13 +236,16 @@ ChunkGrid make_chunk_grid(const ConvShape& shape, const std::vector<PositionTile
   int64_t vectors = 0;
   for (const PositionTile& tile : tiles) vectors += tile.vectors;
   wanted = std::max(wanted, (shape.out_channels * vectors + kMaxResultVectors - 1) / kMaxResultVectors);
-  ChunkGrid grid{std::min(num_tiles, wanted), 1, false};
+  ChunkGrid grid{std::min(num_tiles, wanted), 1, 1, false};
   const double pack_cycles = speed * pack_cycles_per_k * static_cast<double>(num_tiles) / static_cast<double>(vectors);
   const double rows_worth = std::max(kMinRows, pack_cycles / kPackShare);
   auto max_row_parts = static_cast<int64_t>(static_cast<double>(shape.out_channels) / rows_worth);
   if (shared) max_row_parts = std::max(max_row_parts, (2 * num_threads + grid.position_parts - 1) / grid.position_parts);
   max_row_parts = std::clamp<int64_t>(max_row_parts, 1, shape.out_channels);
   grid.row_parts = std::min(max_row_parts, (wanted + grid.position_parts - 1) / grid.position_parts);
+  const int64_t shares = shared ? 4 * num_threads : 1;
+  const int64_t least = pack_cycles > 0.0 ? (shares + grid.position_parts - 1) / grid.position_parts : grid.row_parts;
+  grid.least_row_parts = std::min(grid.row_parts, least);
   grid.rows_first = reads_less_rows_first(shape, grid);
   return grid;
 }

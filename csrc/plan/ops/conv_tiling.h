@@ -82,7 +82,8 @@ struct PackedGroups {
 struct ChunkGrid {
   int64_t position_parts;
   int64_t row_parts;
-  bool rows_first;  // the parts of the rows vary first
+  int64_t least_row_parts;  // that share the work evenly when few rows are active
+  bool rows_first;          // the parts of the rows vary first
 
   int64_t position_part(int64_t part) const { return rows_first ? part / row_parts : part % position_parts; }
   int64_t row_part(int64_t part) const { return rows_first ? part % row_parts : part / position_parts; }

@@ -168,6 +168,7 @@ class WinogradOp final : public Op, public Compensated {
 
   void compute(const RunView& run, int64_t sample, int64_t part, float* scratch) const override {
     const Chunk chunk = chunk_of(run, sample, part);
+    if (chunk.rows.begin == chunk.rows.end) return;
     const Group& group = *chunk.group;
     const int64_t count = std::min(run.num_active(spec_.in_site, sample, shape_.in_channels), shape_.in_channels);
     float* inputs = scratch + inputs_offset();
@@ -180,6 +181,7 @@ class WinogradOp final : public Op, public Compensated {
       auto* offsets = reinterpret_cast<int32_t*>(scratch + column_offsets_offset());
       const int32_t* index = run.active(spec_.in_site, sample).index;
       for (int64_t c = 0; c < count; ++c) offsets[c] = all_columns_[index[c]];
+      std::fill_n(offsets + count, kColumnsAhead, 0);
       column_offsets = offsets;
     }
     float* sums = scratch + sums_offset();
@@ -246,8 +248,9 @@ class WinogradOp final : public Op, public Compensated {
   Chunk chunk_of(const RunView& run, int64_t sample, int64_t part) const {
     const auto groups = static_cast<int64_t>(groups_.size());
     const int64_t count = std::min(run.num_active(spec_.out_site, sample, shape_.out_channels), shape_.out_channels);
-    return {&groups_[part % groups], part_of(count, part / groups, row_parts_),
-            spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index};
+    const int64_t parts = parts_of_some(count, shape_.out_channels, row_parts_, least_row_parts_);
+    const Range rows = part / groups < parts ? part_of(count, part / groups, parts) : Range{count, count};
+    return {&groups_[part % groups], rows, spec_.out_site < 0 ? nullptr : run.active(spec_.out_site, sample).index};
   }
 
   int64_t tile_stride() const { return shape_.in_channels * kPackedRows; }
@@ -257,7 +260,7 @@ class WinogradOp final : public Op, public Compensated {
     weight_stride_ = odd_lines(divide_up(shape_.out_channels, kPackedRows) * tile_stride());
     weights_ = AlignedBuffer<float>(products_ * weight_stride_);
     const WeightTransform transform(tile_);
-    for (int64_t c = 0; c < channels; ++c) all_columns_.push_back(static_cast<int32_t>(c * kPackedRows));
+    for (int64_t c = 0; c < channels + kColumnsAhead; ++c) all_columns_.push_back(static_cast<int32_t>(c * kPackedRows));
     for (int64_t first = 0; first < shape_.out_channels; first += kPackedRows) {
       for (int64_t c = 0; c < channels; ++c) {
         float* column = weights_.data() + first / kPackedRows * tile_stride() + all_columns_[c];
@@ -299,6 +302,7 @@ class WinogradOp final : public Op, public Compensated {
     if (num_threads > 1) {
       const int64_t parts = divide_up(std::min<int64_t>(wanted, 2 * num_threads), num_groups);
       row_parts_ = std::clamp<int64_t>(parts, 1, std::max<int64_t>(1, shape_.out_channels / kMinRows));
+      least_row_parts_ = std::min(row_parts_, divide_up(num_threads, num_groups));
     }
     max_rows_ = divide_up(shape_.out_channels, row_parts_);
   }
@@ -306,7 +310,7 @@ class WinogradOp final : public Op, public Compensated {
   // Scratch: results, bias, offsets of columns, sums of a block of rows, transformed inputs, lines.
   int64_t bias_offset() const { return max_rows_ * result_stride_; }
   int64_t column_offsets_offset() const { return bias_offset() + align(max_rows_); }
-  int64_t sums_offset() const { return column_offsets_offset() + align(shape_.in_channels); }
+  int64_t sums_offset() const { return column_offsets_offset() + align(shape_.in_channels + kColumnsAhead); }
   int64_t inputs_offset() const { return sums_offset() + products_ * odd_lines(kBlockRows * max_width_); }
   int64_t lines_offset() const { return inputs_offset() + products_ * odd_lines(shape_.in_channels * max_width_); }
 
@@ -323,6 +327,7 @@ class WinogradOp final : public Op, public Compensated {
   std::vector<Group> groups_;
   std::vector<int32_t> all_columns_;  // where each input channel's weights stand in a packed tile of rows
   int64_t row_parts_ = 1;
+  int64_t least_row_parts_ = 1;  // that give every thread a part of few rows
   int64_t max_rows_ = 0;
   int64_t max_width_ = 0;
   int64_t line_stride_ = 0;
