@@ -63,7 +63,7 @@ class GateTraining(Callback):
         self.dm.training_levels = None
         for module in pl_module.modules():
             if isinstance(module, GateLoss):
-                module.move_thresholds()
+                module.follow()
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         self.dm.training_levels = None

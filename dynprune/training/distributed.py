@@ -1,10 +1,10 @@
-"""Training in several processes: who this one is, and how all get what the first one found."""
+"""Training in several processes: who this one is, and how all get the same."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -12,6 +12,16 @@ def rank_and_world() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def mean_of_all(values: Tensor) -> Tensor:
+    """Returns the mean of all processes' `values`."""
+    _, world = rank_and_world()
+    if world == 1:
+        return values
+    total = values.to("cuda" if distributed.get_backend() == "nccl" else "cpu", copy=True)
+    distributed.all_reduce(total)
+    return (total / world).to(values.device)
 
 
 def share_from_first(module: nn.Module, value: Any = None) -> Any:

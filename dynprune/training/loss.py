@@ -12,20 +12,24 @@ from dynprune.errors import CalibrationError, InputError
 from dynprune.runtime.model import DynamicModel
 from dynprune.training.cost import RunCost, mac_costs
 from dynprune.training.costing import step_costs
+from dynprune.training.distributed import mean_of_all
 
 ANCHORS = 4
 """Levels between which costs are told apart: the loss sees one mean per anchor, 1/4, 2/4, 3/4 and 1."""
-THRESHOLD_RATE = 0.2
-"""Of scores per share of the cost and step: a tenth of the unit spread that scores start with for half of the cost."""
+THRESHOLD_RATE = 0.05
+"""Of scores per share of the cost and step: a tenth of the unit spread that scores start with in 20 steps that are off by a tenth."""
+PRICE_RATE = 0.01
+"""Of prices per share of the cost and step."""
 
 
 class GateLoss(nn.Module):
     """A loss term that brings the cost at each level to its target, and keeps each site above a floor.
 
     The target falls linearly from 1 at level 0 to `target` at level 1. Samples of one level may cost more or less than it: only their
-    mean counts, so that easy inputs can pay for hard ones. The term is `weight * sum over anchors of (mean cost - target)^2`, costs
-    relative to the whole model's, plus the same of the sites that keep less than `floor` on average (Verelst and Tuytelaars 2020,
-    arXiv 1912.03203, for a budget on what masks execute).
+    mean counts, so that easy inputs can pay for hard ones. The term is `weight * sum over anchors of (missed^2 + price * missed)`, missed
+    being the mean cost less its target, relative to the whole model's cost, plus the squares of what sites keep less than `floor` on average
+    (Verelst and Tuytelaars 2020, arXiv 1912.03203, for a budget on what masks execute). Prices are Lagrange multipliers, raised
+    step by step by what is missed (the method of multipliers; Nocedal and Wright, Numerical Optimization, chapter 17).
 
     Args:
         dm: in training mode its last call gives the masks.
@@ -33,6 +37,9 @@ class GateLoss(nn.Module):
         target_ms: the same as milliseconds for one sample, by the cost table of `calibrate`.
         weight: >= 0, default 10.
         floor: share of its groups that each site keeps at least, on average; default 0.1.
+
+    Attributes:
+        prices: by anchor; a buffer, so that `state_dict` keeps them.
 
     Raises:
         InputError: both targets are given, or one is out of range or cannot be met (the message says the nearest).
@@ -44,7 +51,7 @@ class GateLoss(nn.Module):
         ...     dm.training_levels = sandwich_levels(len(x))
         ...     (F.cross_entropy(dm(x), labels) + gate_loss()).backward()
         ...     optimizer.step(), optimizer.zero_grad()
-        ...     gate_loss.move_thresholds()
+        ...     gate_loss.follow()
     """
 
     def __init__(
@@ -66,6 +73,8 @@ class GateLoss(nn.Module):
         self._dm = (dm,)  # in a tuple: not a submodule of the loss
         self.weight, self.floor = float(weight), float(floor)
         self._missed = torch.zeros(ANCHORS)
+        self.prices: Tensor
+        self.register_buffer("prices", torch.zeros(ANCHORS))
         if not dm.plan.sites:
             raise InputError("The model has no place that can be gated, so there is nothing to train; dm.explain() says why.")
         if target_ms is not None:
@@ -110,26 +119,27 @@ class GateLoss(nn.Module):
                 below = (self.floor - near @ shares).clamp_min(0)
                 missed = near @ excess
                 self._missed[number] = missed.detach()
-                loss = loss + missed.square() + below.square().sum()
+                loss = loss + missed.square() + self.prices[number] * missed + below.square().sum()
         return self.weight * loss
 
     @torch.no_grad()
-    def move_thresholds(self, rate: float = THRESHOLD_RATE) -> None:
-        """Moves the threshold curves of all gates against what the costs of the last call missed their targets by.
+    def follow(self) -> None:
+        """Raises prices, and moves the threshold curves of all gates, by what the costs of the last call missed their targets by.
 
-        The penalty alone comes to rest where the task's pull on the gates balances it, at another cost than the target, and it cannot
-        spread the levels apart where scores have spread. Called after every step, this does both.
+        To be called after every step. The penalty alone comes to rest where the task's pull on the gates balances it, at another cost
+        than the target. Prices take that pull over; thresholds spread the levels apart where scores have spread. Thresholds alone
+        would run a race with the scores, which all gates can raise together.
 
-        Args:
-            rate: >= 0, how far a threshold moves, in units of the score, per cost that is missed (1 is the whole model's). The default
-                0.05 moves it by a tenth of the scores' first spread in 20 steps that are off by 0.1.
+        Under `torch.distributed` all processes take the mean of what theirs missed.
         """
-        missed = torch.cat([self._missed[:1], self._missed])
+        missed = mean_of_all(self._missed)
+        self.prices += PRICE_RATE * missed.to(self.prices)
+        missed = torch.cat([missed[:1], missed])
         for site in self._dm[0].sites:
             gate = self._dm[0].gate(site.name)
             count = len(gate.curve)
             step = F.interpolate(missed[None, None], size=count, mode="linear", align_corners=True)[0, 0]
-            gate.set_curve(gate.curve + rate * step.to(gate.curve))
+            gate.set_curve(gate.curve + THRESHOLD_RATE * step.to(gate.curve))
 
     def _checked(self, share: float, name: str, given: str, whole: float, unit: str) -> float:
         least = float(self.cost(dict.fromkeys(self.cost.sites, self.floor)))

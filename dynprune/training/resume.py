@@ -16,7 +16,7 @@ from dynprune.runtime.checkpoint import fingerprint
 from dynprune.runtime.model import DynamicModel
 from dynprune.training.trainer import Recipe, Trainer
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RunFile:
@@ -46,7 +46,7 @@ class RunFile:
             self.epochs_done, self.history = self._state["epochs_done"], self._state["history"]
 
     def restore(self, trainer: Trainer) -> None:
-        """Puts the model, gates and optimizers into the state of the file; does nothing for a new run."""
+        """Puts the model, gates, prices and optimizers into the state of the file; does nothing for a new run."""
         if self._state is None:
             return
         try:
@@ -54,6 +54,7 @@ class RunFile:
             trainer.dm.gates.load_state_dict(self._state["gates"])
             for optimizer, state in zip(trainer.optimizers, self._state["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+            trainer.gate_loss.load_state_dict(self._state["gate_loss"])
             trainer.step = self._state["step"]
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{str(self.path)!r} does not fit this run: {error}") from error
@@ -74,6 +75,7 @@ class RunFile:
             "history": self.history,
             "model": trainer.dm.model.state_dict(),
             "gates": trainer.dm.gates.state_dict(),
+            "gate_loss": trainer.gate_loss.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         }
         beside = self.path.with_name(self.path.name + ".part")

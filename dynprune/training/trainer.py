@@ -133,7 +133,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         if self._gates:
-            self.gate_loss.move_thresholds()
+            self.gate_loss.follow()
         self.step += 1
         return values
 

@@ -16,7 +16,7 @@ from dynprune.training.allocation import StepCost, predicted_ms
 from dynprune.training.calibrate import calibrate
 from dynprune.training.cost import RunCost, mac_costs
 from dynprune.training.levels import sandwich_levels
-from dynprune.training.loss import GateLoss, distillation_loss
+from dynprune.training.loss import PRICE_RATE, GateLoss, distillation_loss
 
 # ---------------------------------------------------------------- levels
 
@@ -159,12 +159,55 @@ def test_thresholds_move_until_each_level_costs_its_target(make_model):
             dm.training_levels = sandwich_levels(32, generator=generator)
             dm(x)
             gate_loss()
-            gate_loss.move_thresholds()
+            gate_loss.follow()
         x, _ = samples(64, 1000)
         for level in (0.25, 0.5, 1.0):
             _, masks = dm.attachment.run((x,), level=level)
             cost = gate_loss.cost({name: mask.mean(1) for name, mask in masks.items()}).mean().item()
             assert cost == pytest.approx(1 - 0.4 * level, abs=0.06), level
+
+
+def test_prices_add_up_what_was_missed(make_model):
+    dm = make_model()
+    gate_loss = GateLoss(dm, target_macs=0.5, floor=0.0)
+    masks = {site.name: torch.ones(2, site.num_groups, requires_grad=True) for site in dm.sites}
+    levels = torch.tensor([1.0, 1.0])
+    first = gate_loss(masks, levels)
+    assert_close(first, torch.tensor(10 * 0.5**2))  # all runs, half should
+    for _ in range(3):
+        gate_loss(masks, levels)
+        gate_loss.follow()
+    assert_close(gate_loss.prices, torch.tensor([0, 0, 0, 3 * PRICE_RATE * 0.5]))
+    assert_close(gate_loss(masks, levels), first + 10 * gate_loss.prices[3] * 0.5)
+    other = GateLoss(make_model(), target_macs=0.5)
+    other.load_state_dict(gate_loss.state_dict())
+    assert torch.equal(other.prices, gate_loss.prices)
+
+
+def late_drift(dm, steps=400):
+    """How far the threshold at level 1 moves in the last quarter of steps that pull all scores up, as a task does."""
+    dm.train()
+    gate_loss = GateLoss(dm, target_macs=0.6)
+    optimizer = torch.optim.Adam(dm.gates.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(0)
+    tightest = []
+    for step in range(steps):
+        dm.training_levels = sandwich_levels(32, generator=generator)
+        optimizer.zero_grad()
+        dm(samples(32, step)[0])
+        pull = -3 * torch.stack([mask.mean() for mask in dm.masks.values()]).mean()
+        (pull + gate_loss()).backward()
+        optimizer.step()
+        gate_loss.follow()
+        tightest.append(dm.gate("block1.conv1").curve[-1].item())
+    return tightest[-1] - tightest[-steps // 4]
+
+
+def test_prices_end_the_race_of_scores_and_thresholds(make_model, monkeypatch):
+    with_prices = late_drift(make_model())
+    monkeypatch.setattr("dynprune.training.loss.PRICE_RATE", 0.0)
+    without = late_drift(make_model())
+    assert without > 0.1 and with_prices < 0.5 * without, (with_prices, without)
 
 
 def test_own_training_loop(make_model):
@@ -182,7 +225,7 @@ def test_own_training_loop(make_model):
         costs.append(gate_loss.cost({name: mask.mean(1) for name, mask in dm.masks.items()})[tight].mean().item())
         (F.cross_entropy(output, labels) + gate_loss()).backward()
         optimizer.step()
-        gate_loss.move_thresholds()
+        gate_loss.follow()
     assert abs(sum(costs[-5:]) / 5 - 0.6) < abs(costs[0] - 0.6) or abs(costs[0] - 0.6) < 0.05
     dm.eval()
     dm.level = 1.0
