@@ -198,8 +198,8 @@ void winograd_input_tiles(const WinogradInputArgs& a) {
 void winograd_input(const WinogradInputArgs& a) { a.tile == 2 ? winograd_input_tiles<2>(a) : winograd_input_tiles<4>(a); }
 
 // out[i][lane] = sum_k weight[lane_of_row[i] + column_offset[k]] * in[k][lane] for kRows rows of one packed tile. Asks for the same
-// columns of the tile that comes next, early enough for memory, and for its own columns soon: the hardware could not foresee gaps. Neighbours
-// have constant distances, so that the weights are operands of the multiply-adds: 0.94 of peak with one vector, 0.69 without.
+// columns of the tile that comes next, early enough for memory, and for its own soon to come: the hardware could not foresee gaps.
+// Neighbours have constant distances, so that the weights are operands of the multiply-adds: 0.94 of peak with one vector, 0.69 without.
 template <int kRows, int kVectors, bool kNeighbours>
 void multiply_rows(const WinogradProductArgs& a, const float* weight, const int32_t* lane_of_row, const float* in, float* out,
                    const float* next) {

@@ -27,8 +27,8 @@ class GateLoss(nn.Module):
 
     The target falls linearly from 1 at level 0 to `target` at level 1. Samples of one level may cost more or less than it: only their
     mean counts, so that easy inputs can pay for hard ones. The term is `weight * sum over anchors of (missed^2 + price * missed)`, missed
-    being the mean cost less its target, relative to the whole model's cost, plus the squares of what sites keep less than `floor` on average
-    (Verelst and Tuytelaars 2020, arXiv 1912.03203, for a budget on what masks execute). Prices are Lagrange multipliers, raised
+    being the mean cost less its target, relative to the whole model's cost, plus the squares of what sites keep less than `floor` on
+    average (Verelst and Tuytelaars 2020, arXiv 1912.03203, for a budget on what masks execute). Prices are Lagrange multipliers, raised
     step by step by what is missed (the method of multipliers; Nocedal and Wright, Numerical Optimization, chapter 17).
 
     Args:
