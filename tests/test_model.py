@@ -567,11 +567,14 @@ def test_a_budget_ends_before_a_later_deadline_and_after_an_earlier_one(costed) 
 
 def test_the_last_call_tells_how_long_the_engine_took(shared) -> None:
     for batch in (1, 40):  # the latter runs in three groups
-        began = time.monotonic()
-        shared(images(batch))
-        taken_ms = (time.monotonic() - began) * 1e3
-        assert 0 < shared.last_call.engine_ms < taken_ms
-        assert shared.last_call.engine_ms > 0.1 * taken_ms
+        shares = []
+        for _ in range(20):
+            began = time.monotonic()
+            shared(images(batch))
+            taken_ms = (time.monotonic() - began) * 1e3
+            assert 0 < shared.last_call.engine_ms < taken_ms
+            shares.append(shared.last_call.engine_ms / taken_ms)
+        assert max(shares) > 0.1, "a busy machine may put aside some of the calls, not all"
 
 
 def test_a_deadline_picks_the_level_without_a_budget(costed) -> None:
