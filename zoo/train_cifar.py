@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=32, help="operating points of the frontier")
     parser.add_argument("--branches", action="store_true", help="gate whole residual branches too")
     parser.add_argument("--start", type=Path, help="a file that this script wrote: train that network further, at its sites")
+    parser.add_argument("--refit", action="store_true", help="with --start: fit the gates anew before training")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the teacher's answers and the result")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def main() -> None:
         lr=args.lr,
         seed=args.seed,
         levels=args.levels,
-        fit=args.start is None,
+        fit=args.start is None or args.refit,
         autocast=True,
         teacher=None,
         validation=validation,
