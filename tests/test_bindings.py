@@ -213,11 +213,11 @@ def run_plan(spec: dict, rng: random.Random, spoiled: bool) -> bool:
             workspace.begin_given(maybe([[[0], [], [0]], [[0, 2], [], [0, 1, 2, 3]]]))
         buffers = [(maybe(number), buffer.ctypes.data, buffer.shape[1], buffer) for number, buffer in ((0, x), (3, y))]
         if rng.random() < 0.5:
-            workspace.infer(maybe(buffers), maybe(0.5), maybe(0), maybe(1.0), maybe(2))
+            plan.infer(batch, maybe(buffers), maybe(0.5), maybe(0), maybe(1.0), maybe(2))
         for buffer in buffers:
             workspace.bind(*buffer)
         workspace.run(maybe(0), maybe(5), maybe(2))
-        workspace.counts(), workspace.executed(), workspace.step_ms(), workspace.overtaken(), plan.chunks(), plan.arena_bytes(1)
+        workspace.executed(), workspace.step_ms(), workspace.overtaken(), plan.chunks(), plan.arena_bytes(1)
         workspace.active(maybe(1), maybe(2))
         plan.release(workspace)
         plan.trim()

@@ -388,12 +388,10 @@ def test_a_run_that_the_guard_raises_from_level_0_computes_what_its_lists_say(nu
     engine, whole = dm.engine_for(x), dm.model(x)
     for share in (0.0, 0.5, 0.9):
         due_ns = time.monotonic_ns() + int(1e12 * len(dm.plan.steps) * share)
-        workspace = engine._acquire(1)
-        tensors, buffers = engine._buffers([x], 1)
-        _, _, level, guard_actions, _, counts = workspace.infer(buffers, 0.0, due_ns, 1.0, num_threads)
-        assert level > 0 and guard_actions >= 1 and 0 < counts.sum() < sum(site.num_channels for site in dm.plan.sites)
+        (raised,), done = engine.run([x], deadline_ns=due_ns, num_threads=num_threads)
+        workspace = engine._acquire(1)  # the same one, as that run left it
+        assert done.level > 0 and done.guard_actions >= 1 and 0 < done.counts.sum() < sum(site.num_channels for site in dm.plan.sites)
         lists = {site.name: [workspace.active(i, 0)] for i, site in enumerate(dm.plan.sites)}
-        (raised,) = engine._outputs(tensors)
         engine._compiled.release(workspace)
         (want,), _ = engine.run([x], active=lists, num_threads=num_threads)
         assert torch.equal(raised, want)

@@ -11,23 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from dynprune.runtime.engine import Execution
 from dynprune.runtime.model import DynamicModel
 from dynprune.runtime.statistics import WINDOW, StatsRecorder, Totals
 
 AB = Totals(50.0, ("a", "b"), np.array([2, 2]))
 
 
-def add(recorder: StatsRecorder, totals: Totals = AB, **changes) -> None:
-    call = {
-        "samples": 2,
-        "latency_ms": 10.0,
-        "macs": 60.0,
-        "ran": np.array([[2, 1], [0, 1]]),
-        "level": 0.5,
-        "missed": False,
-        "guard_actions": 0,
-    }
-    recorder.add(totals, **(call | changes))
+def add(
+    recorder: StatsRecorder, totals: Totals = AB, *, ran=((2, 1), (0, 1)), latency_ms: float = 10.0, missed: bool = False, **changes
+) -> None:
+    rows = np.array(ran, np.int64)
+    done = {"macs": 60.0, "predicted_ms": 0.0, "level": 0.5, "guard_actions": 0, "engine_ms": 1.0}
+    recorder.add(totals, Execution(**(done | changes), batch=rows.shape[1], rows=rows.tobytes()), latency_ms, missed)
 
 
 def summary(recorder: StatsRecorder):
@@ -44,7 +40,7 @@ def test_before_the_first_call() -> None:
 def test_calls_add_up_weighted_by_their_work() -> None:
     recorder = StatsRecorder()
     add(recorder)
-    add(recorder, samples=1, macs=10.0, ran=np.array([[0], [2]]), level=1.0, missed=True, guard_actions=3)
+    add(recorder, macs=10.0, ran=[[0], [2]], level=1.0, missed=True, guard_actions=3)
     stats = recorder.summary(level=0.0, budget_ms=7.0)
     assert (stats.inferences, stats.samples, stats.budget_misses, stats.guard_actions, stats.level) == (2, 3, 1, 3, 1.0)
     assert stats.skip_rate == pytest.approx(1 - 70 / 150)
@@ -55,7 +51,7 @@ def test_calls_add_up_weighted_by_their_work() -> None:
 def test_sites_of_different_plans_add_up_by_name() -> None:
     recorder = StatsRecorder()
     add(recorder)
-    add(recorder, Totals(50.0, ("b",), np.array([2])), ran=np.array([[1, 3]]))
+    add(recorder, Totals(50.0, ("b",), np.array([2])), ran=[[1, 3]])
     add(recorder, Totals(50.0, (), np.zeros(0, int)), ran=np.zeros((0, 1), int))
     assert summary(recorder).site_skip_rates == pytest.approx({"a": 1 / 4, "b": 3 / 8})
 

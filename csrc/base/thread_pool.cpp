@@ -11,8 +11,8 @@
 namespace dynprune {
 namespace {
 
-// How long a helper looks for the next job before it sleeps: longer than the Python code between two calls, shorter than a time slice.
-constexpr int64_t kSpinNs = 100'000;
+// How long a helper looks for the next job before it sleeps: longer than the Python code before a call, shorter than a time slice.
+constexpr int64_t kSpinNs = 250'000;
 
 // More would only wait for a core.
 constexpr int kMaxHelpers = 255;
@@ -58,6 +58,12 @@ void ThreadPool::run(const std::shared_ptr<Job>& job, int num_threads) {
   jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
 }
 
+void ThreadPool::expect_job() {
+  published_.fetch_add(1, std::memory_order_release);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (sleeping_ > 0) wake_.notify_all();
+}
+
 std::shared_ptr<Job> ThreadPool::join(int* slot) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const std::shared_ptr<Job>& job : jobs_) {
@@ -90,6 +96,7 @@ void ThreadPool::help() {
       wake_.wait(lock, [&] { return published_.load(std::memory_order_acquire) != seen; });
       --sleeping_;
     }
+    idle_since = now_ns();
   }
 }
 

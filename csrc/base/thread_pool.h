@@ -33,6 +33,9 @@ class ThreadPool {
   // put aside may still be inside job->work() then, and keeps the job alive.
   void run(const std::shared_ptr<Job>& job, int num_threads);
 
+  // Wakes the helpers that there are, for a job that follows at once: to wake takes as long as the first steps of a small model.
+  void expect_job();
+
  private:
   ThreadPool() = default;
   // Starts helpers until there are `count`, or until the system gives no more threads.
@@ -43,7 +46,7 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::shared_ptr<Job>> jobs_;
-  std::atomic<uint64_t> published_{0};  // counts jobs; a change tells spinning helpers to look
+  std::atomic<uint64_t> published_{0};  // counts jobs, those expected too; a change tells helpers to look
   int num_helpers_ = 0;
   int sleeping_ = 0;
 };

@@ -154,7 +154,8 @@ def benchmark(
 ) -> Report:
     """Returns the times of the engine at each keep ratio and of the rivals, measured in turns, outputs checked.
 
-    The lists of active groups are random, fixed per keep ratio and sample, so no gate is evaluated; gates are timed by `demo`.
+    Below a keep ratio of 1, which is an ordinary call at level 0, the lists of active groups are given: random, fixed per keep ratio and
+    sample, so no gate is evaluated; gates are timed by `demo`.
 
     Args:
         loaded: model and one batch.
@@ -177,7 +178,8 @@ def benchmark(
     precision = "bf16" if dtype == "bfloat16" else "f32"
     with built_rivals(rival_names, loaded.model, loaded.inputs, threads, precision=precision) as rivals, torch.no_grad():
         active = {keep: random_active(dm.sites, keep, loaded.inputs[0].shape[0]) for keep in keeps}
-        functions = {f"keep {keep:g}": functools.partial(dm.run_with_active, *loaded.inputs, active=active[keep]) for keep in keeps}
+        given = {keep: functools.partial(dm.run_with_active, *loaded.inputs, active=active[keep]) for keep in keeps}
+        functions = {f"keep {keep:g}": given[keep] if keep < 1 else functools.partial(dm, *loaded.inputs) for keep in keeps}
         functions |= {rival.name: rival.run for rival in rivals if rival.run}
         times = measure_interleaved(functions, seconds=seconds)
         rival_rows = [_rival_row(rival, times, reference) for rival in rivals]

@@ -189,8 +189,8 @@ def active_mask(site: Site, lists: Sequence[Sequence[int]], batch: int) -> Tenso
 
 def check_site_names(sites: Sequence[Site], names: Iterable[str]) -> None:
     """Raises InputError if one of `names` is not the name of a site; the message says which is near."""
-    known = [site.name for site in sites]
+    known = {site.name: site for site in sites}
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, 3, 0.4) or known[:3]
+            near = get_close_matches(name, known, 3, 0.4) or list(known)[:3]
             raise InputError(f"No site is named {name!r}; did you mean one of {near}? All {len(known)} are in `dm.sites`.")

@@ -26,6 +26,8 @@ from dynprune.runtime.watch import Watch
 
 MAX_SESSIONS = 8
 """Plans kept for different input shapes; the one used longest ago goes first."""
+_MAX_FAMILIAR = 64
+"""Shapes of one tensor, with their batch sizes, whose plans are found at once."""
 
 
 class Captured(Governed):
@@ -50,6 +52,7 @@ class Captured(Governed):
         self._macs = 0.0
         self._unhooked: tuple[Ungated, ...] = ()
         self._uncapturable: set[Any] = set()
+        self._familiar: dict[Any, tuple[Session, int]] = {}
         self._model_watch: Watch | None = None
         self._gate_watch: Watch | None = None
         self.register_load_state_dict_post_hook(lambda dm, _: dm.refresh())
@@ -133,9 +136,17 @@ class Captured(Governed):
 
         `gates` says whether the call's result may depend on the gates; where not, changes of theirs are left to a later call.
         """
-        key, inputs = self._key(args, kwargs)
         if not self.training:
             self._follow_changes(gates=gates)
+        one_tensor = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+        if one_tensor:
+            x = args[0]
+            familiar = self._familiar.get((x.shape, x.dtype, x.layout))
+            if familiar is not None:
+                session, batch = familiar
+                session.last_used_ns = time.monotonic_ns()
+                return session, [x], batch
+        key, inputs = self._key(args, kwargs)
         session = self._sessions.get(key)
         if session is None:
             if key in self._uncapturable:
@@ -144,6 +155,10 @@ class Captured(Governed):
                 session = self._sessions.get(key) or self._capture(key, args, kwargs)
         batch = session.batch_of(inputs)
         session.last_used_ns = time.monotonic_ns()
+        if one_tensor and len(self._familiar) < _MAX_FAMILIAR:
+            with self._lock:
+                if self._sessions.get(key) is session:
+                    self._familiar[x.shape, x.dtype, x.layout] = session, batch
         return session, inputs, batch
 
     def _capture(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Session:
@@ -165,6 +180,7 @@ class Captured(Governed):
             session.sites = sites_in_common(session.sites, self._sites)
         if len(self._sessions) == MAX_SESSIONS:
             del self._sessions[min(self._sessions, key=lambda known: self._sessions[known].last_used_ns)]
+            self._familiar.clear()
         session.set_lean(self._lean, self._gate_of, costs=self.costs, num_threads=self._num_threads)
         self._sessions[key] = session
         return session
@@ -208,6 +224,7 @@ class Captured(Governed):
             self._watch()
             if model.replaced():
                 self._sessions.clear()
+                self._familiar.clear()
                 self._islands = None
             else:
                 self._refresh_sessions(weights=model.written())

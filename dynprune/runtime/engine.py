@@ -34,7 +34,8 @@ class Execution(NamedTuple):
         level: at the end; higher than asked where the deadline raised it.
         guard_actions: how often the deadline raised it.
         engine_ms: wall time in the engine's own steps.
-        counts: rows that ran, int64 (sites of the plan, batch).
+        batch: samples.
+        rows: that ran, int64 (sites of the plan, batch) as bytes; `counts` is the array of them.
     """
 
     macs: float
@@ -42,7 +43,12 @@ class Execution(NamedTuple):
     level: float
     guard_actions: int
     engine_ms: float
-    counts: np.ndarray
+    batch: int
+    rows: bytes
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.frombuffer(self.rows, np.int64).reshape(-1, self.batch)
 
 
 class Engine:
@@ -86,8 +92,9 @@ class Engine:
         self._segments = _segments(plan)
         self._torch_steps = any(step.torch_call is not None for step in plan.steps)
         self._buffer_of_input = [view.buffer for view in plan.inputs]
+        self._in_one_call = not (lean or self._torch_steps)
         self._batch_dim = plan.inputs[0].batch_dim if plan.inputs else 0
-        self._results = [(view.buffer, view.sizes) for view in plan.outputs if isinstance(view, View)]
+        self._results = [(view.buffer, plan.buffers[view.buffer].size, view.sizes) for view in plan.outputs if isinstance(view, View)]
         self._in_groups = not self._torch_steps and plan.fixed_batch is None
         # Of the smallest table that numbers of an input select from: by buffer, and there by the first number and how many.
         self._entries: defaultdict[int, dict[tuple[int, int], int]] = defaultdict(dict)
@@ -129,6 +136,8 @@ class Engine:
         """
         batch = inputs[0].shape[self._batch_dim] if inputs else 1
         threads = num_threads or self.num_threads
+        if batch <= self._max_group and active is None and self._in_one_call:
+            return self._infer(inputs, batch, level, deadline_ns, slowdown, threads)
         if batch <= self._max_group or not self._in_groups:
             return self._run_in_turn(inputs, batch, level, deadline_ns, slowdown, active, threads)
         groups = -(-batch // self._max_group)
@@ -160,7 +169,7 @@ class Engine:
         workspace = self._acquire(batch)
         try:
             self._begin_given(workspace, active)
-            return _execution(workspace)
+            return Execution._make(workspace.executed())
         finally:
             self._compiled.release(workspace)
 
@@ -172,10 +181,11 @@ class Engine:
         try:
             return self._compiled.acquire(batch)
         except MemoryError as error:
-            needed = self._compiled.arena_bytes(batch)
-            raise PlanError(
-                f"A batch of {batch} needs {needed / 2**20:.0f} MiB for its activations, which cannot be had; use a smaller batch."
-            ) from error
+            raise self._lack_of_memory(batch) from error
+
+    def _lack_of_memory(self, batch: int) -> PlanError:
+        needed = self._compiled.arena_bytes(batch) / 2**20
+        return PlanError(f"A batch of {batch} needs {needed:.0f} MiB for its activations, which cannot be had; use a smaller batch.")
 
     def _run_in_turn(self, *arguments) -> tuple[list[Any], Execution]:
         if self._turn is None:
@@ -184,16 +194,23 @@ class Engine:
             return self._run_group(*arguments)
 
     def _run_group(self, inputs, batch, level, deadline_ns, slowdown, active, threads) -> tuple[list[Any], Execution]:
+        if active is None and not self._torch_steps:
+            return self._infer(inputs, batch, level, deadline_ns, slowdown, threads)
         workspace = self._acquire(batch)
         try:
-            if active is None and not self._torch_steps:
-                tensors, buffers = self._buffers(inputs, batch)
-                execution = Execution._make(workspace.infer(buffers, level, deadline_ns, slowdown, threads))
-                return self._outputs(tensors), execution
             outputs = self._execute(workspace, inputs, batch, level, deadline_ns, slowdown, active, threads)
-            return outputs, _execution(workspace)
+            return outputs, Execution._make(workspace.executed())
         finally:
             self._compiled.release(workspace)
+
+    def _infer(self, inputs, batch, level, deadline_ns, slowdown, threads) -> tuple[list[Any], Execution]:
+        """Runs a group of a plan that leaves no step to PyTorch, with little Python: that finds no cache warm."""
+        tensors, buffers = self._buffers(inputs, batch)
+        outputs = self._outputs(tensors)
+        try:
+            return outputs, Execution._make(self._compiled.infer(batch, buffers, level, deadline_ns, slowdown, threads))
+        except MemoryError as error:
+            raise self._lack_of_memory(batch) from error
 
     def _execute(self, workspace, inputs, batch, level, deadline_ns, slowdown, active, threads) -> list[Any]:
         if active is None:
@@ -216,10 +233,10 @@ class Engine:
             if buffer in self._entries:
                 for (first, count), entries in self._entries[buffer].items():
                     _check_numbers(x.view(batch, -1)[:, first : first + count], entries)
-            buffers.append((buffer, x.data_ptr(), x.numel() * (x.element_size() // 4 or 1) // batch, x))
-        for buffer, sizes in self._results:
+            buffers.append((buffer, x.data_ptr(), self.plan.buffers[buffer].size, x))
+        for buffer, size, sizes in self._results:
             tensors[buffer] = out = torch.empty(batch, *sizes)
-            buffers.append((buffer, out.data_ptr(), out.numel() // batch, out))
+            buffers.append((buffer, out.data_ptr(), size, out))
         return tensors, buffers
 
     def _outputs(self, tensors: dict[int, Tensor]) -> list[Any]:
@@ -267,7 +284,7 @@ class Engine:
         branches = self.plan.steps[step].branches
         if not branches:
             return True
-        return bool((workspace.counts()[list(branches)] > 0).all(0).any())
+        return bool((Execution._make(workspace.executed()).counts[list(branches)] > 0).all(0).any())
 
     def _result(self, output: Any, tensors: dict[int, Tensor], values: dict[str, Any]) -> Any:
         if isinstance(output, View):
@@ -333,6 +350,11 @@ def _check_numbers(x: Tensor, entries: int) -> None:
         raise InputError(f"Numbers of an embedding must lie in [0, {entries}), got {low if low < 0 else high}.")
 
 
+def expect_run() -> None:
+    """Wakes the helper threads for a run that follows at once."""
+    _C.expect_run()
+
+
 def choose_isa() -> str:
     """Returns the instruction set to use: the fastest here, or what DYNPRUNE_MAX_ISA allows.
 
@@ -380,10 +402,6 @@ def _shares_memory(x: Tensor, arena: Tensor) -> bool:
     return x.device.type == "cpu" and begin <= x.data_ptr() < begin + arena.numel() * arena.element_size()
 
 
-def _execution(workspace) -> Execution:
-    return Execution(*workspace.executed(), workspace.counts())
-
-
 def _join(results: list[tuple[list[Any], Execution]]) -> tuple[list[Any], Execution]:
     """Returns the outputs of groups of samples as one batch, and the sum of what was executed."""
     columns = zip(*(outputs for outputs, _ in results), strict=True)
@@ -395,5 +413,6 @@ def _join(results: list[tuple[list[Any], Execution]]) -> tuple[list[Any], Execut
         max(e.level for e in done),
         sum(e.guard_actions for e in done),
         sum(e.engine_ms for e in done),
-        np.concatenate([e.counts for e in done], 1),
+        sum(e.batch for e in done),
+        np.concatenate([e.counts for e in done], 1).tobytes(),
     )

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from dynprune.errors import InputError, UnsupportedModelError
@@ -20,11 +22,10 @@ from dynprune.gates.attach import check_site_names
 from dynprune.runtime.arithmetic import Arithmetic
 from dynprune.runtime.call import FAR_NS, due_at_ns, is_plain_call, length_of, tensors_in
 from dynprune.runtime.captured import Captured
-from dynprune.runtime.engine import Execution
+from dynprune.runtime.engine import Execution, expect_run
 from dynprune.runtime.explain import explain
 from dynprune.runtime.islands import Islands
 from dynprune.runtime.ops import compiled_call, register
-from dynprune.runtime.session import Session
 from dynprune.runtime.statistics import LastCall, Stats, StatsRecorder, Totals
 
 Active = Mapping[str, Sequence[Sequence[int]]]
@@ -82,8 +83,8 @@ class DynamicModel(Captured):
         super().__init__(model, include=include, exclude=exclude, group_size=group_size, arithmetic=Arithmetic(exact, dtype))
         self.training_levels: Tensor | None = None
         self.masks: dict[str, Tensor] = {}
-        self._recorder = StatsRecorder()
-        self._recorder.last_call = LastCall(0.0, 0.0, self._num_threads, 0.0)
+        self._recorder = StatsRecorder(self._num_threads)
+        self._hook_tables = _hook_tables_of(self)
         self.number = register(self)
         if isinstance(example_inputs, Mapping):
             self.capture(**example_inputs)
@@ -91,6 +92,11 @@ class DynamicModel(Captured):
             self.capture(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
 
     # ------------------------------------------------------------------ calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling() or self._compiled_call_impl is not None or any(self._hook_tables):
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)  # PyTorch's own way here takes 30 microseconds, where an inference has emptied the caches
 
     def forward(self, *args: Any, deadline: float | None = None, **kwargs: Any) -> Any:
         """Returns what the model returns.
@@ -106,12 +112,14 @@ class DynamicModel(Captured):
         A call that holds more than tensors and plain values (a cache that the model writes to), or that torch.export cannot capture,
         runs in PyTorch with the same gates, except for parts that have one token per sample: they run on the engine.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return compiled_call(self, args, kwargs, deadline)
         began_ns = time.monotonic_ns()
         due_ns = FAR_NS if deadline is None else due_at_ns(deadline)
         if self._example is not None and not is_plain_call(args, kwargs):
             return self._run_in_pytorch(args, kwargs, began_ns, due_ns)
+        if self._num_threads > 1 and not self.training:
+            expect_run()
         gates = deadline is not None or self._level > 0 or self._controller is not None or self._monitor is not None
         try:
             session, inputs, batch = self._session_for(args, kwargs, gates=gates)
@@ -141,7 +149,7 @@ class DynamicModel(Captured):
         outputs, execution = engine.run(inputs, level=level, deadline_ns=deadline_ns, slowdown=slowdown, num_threads=threads)
         result = session.pack(outputs)
         latency_ms = (time.monotonic_ns() - began_ns) * 1e-6
-        self._recorder.last_call = LastCall(level, execution.level, threads or self._num_threads, execution.engine_ms)
+        self._recorder.last = level, execution, threads or self._num_threads
         missed = False
         if controller is not None:
             missed, guarded = latency_ms > limit_ms, execution.guard_actions > 0
@@ -150,7 +158,7 @@ class DynamicModel(Captured):
                 self._recorder.add_guarded(execution.level - level, self.frontier.accuracy_at(level) - reached)
             options = {"level": level, "threads": threads, "work": float(batch), "limit_ms": limit_ms, "guarded": guarded}
             controller.observe(latency_ms, execution.predicted_ms, **options)
-        self._record(session, batch, execution, latency_ms, missed)
+        self._recorder.add(session.totals, execution, latency_ms, missed)
         return result
 
     def run_with_active(self, *inputs: Any, active: Active, backend: str = "engine", **kwargs: Any) -> Any:
@@ -180,7 +188,7 @@ class DynamicModel(Captured):
             with torch.no_grad():
                 outputs, execution = engine.run(tensors, active=active)
             result = session.pack(outputs)
-        self._record(session, batch, execution, (time.monotonic_ns() - began_ns) * 1e-6, missed=False)
+        self._recorder.add(session.totals, execution, (time.monotonic_ns() - began_ns) * 1e-6, missed=False)
         return result
 
     # ------------------------------------------------------------------ what it is and did
@@ -342,18 +350,6 @@ class DynamicModel(Captured):
             names = " and ".join(sorted(map(str, given | own)))
             raise InputError(f"The model and all inputs must be on one device, got {names}; move them with `.to(...)`.")
 
-    def _record(self, session: Session, batch: int, execution: Execution, latency_ms: float, missed: bool) -> None:
-        self._recorder.add(
-            session.totals,
-            samples=batch,
-            latency_ms=latency_ms,
-            macs=execution.macs,
-            ran=execution.counts,
-            level=execution.level,
-            missed=missed,
-            guard_actions=execution.guard_actions,
-        )
-
     def _record_parts(
         self, args: tuple, kwargs: dict[str, Any], done: list[tuple[Totals, Execution]], level: float, latency_ms: float, limit_ms: float
     ) -> None:
@@ -371,3 +367,10 @@ class DynamicModel(Captured):
             level=level,
             missed=latency_ms > min(limit_ms, math.inf if controller is None else controller.budget_ms),
         )
+
+
+def _hook_tables_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """Returns the tables of the hooks that PyTorch runs at a call of a module."""
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    names = ("forward_pre", "forward", "backward_pre", "backward")
+    return (*own, *(getattr(nn_module, f"_global_{name}_hooks") for name in names))

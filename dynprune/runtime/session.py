@@ -40,6 +40,7 @@ class Session:
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], *, include, exclude, group_size: int, arithmetic: Arithmetic):
         with torch.autocast("cpu", enabled=False):
             self.graph: Graph = capture(model, args, kwargs)
+        self._single = self.graph.out_spec.is_leaf()
         self.sites: Sites = find_sites(self.graph, include=include, exclude=exclude, group_size=group_size)
         self._arithmetic = arithmetic
         self.last_used_ns = 0
@@ -105,7 +106,7 @@ class Session:
 
     def pack(self, outputs: list[Any]) -> Any:
         """Returns flattened outputs in the form in which the model returns them."""
-        if self.graph.out_spec.is_leaf():
+        if self._single:
             return outputs[0]
         return pytree.tree_unflatten(outputs, self.graph.out_spec)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from dynprune.runtime.engine import Execution
 from dynprune.timing import percentiles
 
 WINDOW = 10_000
 """Latency percentiles are over at most this many of the last calls."""
 _MAX_PENDING = 64
-"""Rows are added up for this many calls at once, in one operation on all: one by one they would make a late call of every 64th."""
+"""This many calls are added up at once, their rows in one operation: call by call it would take ten times as long."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,24 @@ class Stats:
 class StatsRecorder:
     """Adds up calls, from any thread.
 
+    Args:
+        num_threads: what `last_call` gives before the first call.
+
     Attributes:
-        last_call: set by whoever runs calls; `reset` leaves it.
+        last: the level where the last call began, what it executed (None before the first) and its threads, for `last_call`; set by
+            whoever runs calls. `reset` leaves it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int = 1) -> None:
         self._lock = threading.Lock()
-        self.last_call = LastCall(0.0, 0.0, 1, 0.0)
+        self.last: tuple[float, Execution | None, int] = (0.0, None, num_threads)
         self.reset()
+
+    @property
+    def last_call(self) -> LastCall:
+        """How the last call ran."""
+        level, done, threads = self.last
+        return LastCall(level, 0.0, threads, 0.0) if done is None else LastCall(level, done.level, threads, done.engine_ms)
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -107,38 +118,23 @@ class StatsRecorder:
             self._level_raise = self._accuracy_cost = 0.0
             self._macs = self._all_macs = 0.0
             self._rows: dict[tuple[str, ...], np.ndarray] = {}
-            self._pending: dict[Totals, list[np.ndarray]] = {}
+            self._pending: list[tuple[Totals, Execution, float, bool]] = []
             self._latencies_ms: deque[float] = deque(maxlen=WINDOW)
             self._level: float | None = None
 
-    def add(
-        self,
-        totals: Totals,
-        *,
-        samples: int,
-        latency_ms: float,
-        macs: float,
-        ran: np.ndarray,
-        level: float,
-        missed: bool,
-        guard_actions: int,
-    ) -> None:
+    def add(self, totals: Totals, done: Execution, latency_ms: float, missed: bool) -> None:
         """Counts one call.
 
         Args:
             totals: of the plan that ran.
-            samples: in the call's batch.
+            done: what it executed.
             latency_ms: of the call.
-            macs: multiply-adds executed for the batch.
-            ran: (sites, samples), how many rows of each site ran for each sample.
-            level: at the end of the call.
             missed: whether it took longer than its budget.
-            guard_actions: how often the deadline raised the level.
         """
-        with self._lock:
-            self._guard_actions += guard_actions
-            self._add_call(samples, latency_ms, macs, totals.macs * samples, level, missed)
-            self._add_rows(totals, ran)
+        self._pending.append((totals, done, latency_ms, missed))
+        if len(self._pending) >= _MAX_PENDING:
+            with self._lock:
+                self._add_up()
 
     def add_parts(
         self,
@@ -159,33 +155,38 @@ class StatsRecorder:
             samples, latency_ms, macs, level, missed: as for `add`.
         """
         with self._lock:
-            self._add_call(samples, latency_ms, macs, all_macs, level, missed)
-            for totals, ran in parts:
-                self._add_rows(totals, ran)
-
-    def _add_call(self, samples: int, latency_ms: float, macs: float, all_macs: float, level: float, missed: bool) -> None:
-        self._inferences += 1
-        self._samples += samples
-        self._misses += missed
-        self._macs += macs
-        self._all_macs += all_macs
-        self._latencies_ms.append(latency_ms)
-        self._level = level
-
-    def _add_rows(self, totals: Totals, ran: np.ndarray) -> None:
-        pending = self._pending.get(totals)
-        if pending is None:
-            pending = self._pending[totals] = []
-        pending.append(ran)
-        if len(pending) == _MAX_PENDING:
             self._add_up()
+            self._inferences += 1
+            self._samples += samples
+            self._misses += missed
+            self._macs += macs
+            self._all_macs += all_macs
+            self._latencies_ms.append(latency_ms)
+            self._level = level
+            for totals, ran in parts:
+                self._add_rows(totals, ran.sum(1), ran.shape[1])
 
     def _add_up(self) -> None:
-        for totals, pending in self._pending.items():
-            ran = np.concatenate(pending, 1)
-            table = np.stack((ran.sum(1), totals.rows * ran.shape[1]))
-            self._rows[totals.sites] = self._rows.get(totals.sites, 0) + table
-        self._pending.clear()
+        pending = self._pending[:]
+        del self._pending[: len(pending)]  # calls of other threads append meanwhile
+        groups: defaultdict[tuple[Totals, int], list[Execution]] = defaultdict(list)
+        for totals, done, latency_ms, missed in pending:
+            groups[totals, done.batch].append(done)
+            self._latencies_ms.append(latency_ms)
+            self._misses += missed
+            self._level = done.level
+        for (totals, batch), calls in groups.items():
+            columns = Execution(*zip(*calls, strict=True))
+            samples = len(calls) * batch
+            self._inferences += len(calls)
+            self._samples += samples
+            self._macs += sum(columns.macs)
+            self._all_macs += totals.macs * samples
+            self._guard_actions += sum(columns.guard_actions)
+            self._add_rows(totals, np.frombuffer(b"".join(columns.rows), np.int64).reshape(len(calls), -1, batch).sum((0, 2)), samples)
+
+    def _add_rows(self, totals: Totals, rows: np.ndarray, samples: int) -> None:
+        self._rows[totals.sites] = self._rows.get(totals.sites, 0) + np.stack((rows, totals.rows * samples))
 
     def add_guarded(self, level_raise: float, accuracy_cost: float) -> None:
         """Counts one call whose level the deadline raised, and the accuracy expected to be lost by it at most."""

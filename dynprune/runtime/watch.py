@@ -24,6 +24,7 @@ class Watch:
     def __init__(self, *roots: nn.Module):
         modules = {module: None for root in roots for module in root.modules()}
         self._tables = tuple(table for module in modules for table in (module._parameters, module._buffers, module._modules) if table)
+        self._tags = _C.table_tags(self._tables)
         self._members = tuple(value for table in self._tables for value in table.values())
         uncounted = {id(module.num_batches_tracked) for module in modules if isinstance(module, _BatchNorm)}
         uncounted |= {id(module.keep_frequency) for module in modules if isinstance(module, Gate)}
@@ -34,7 +35,7 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything was replaced or written."""
-        return not _C.unchanged(self._tables, self._members, self._tensors, _VERSION, self._blocks, self._version)
+        return not _C.unchanged(self._tables, self._tags, self._members, self._tensors, _VERSION, self._blocks, self._version)
 
     def replaced(self) -> bool:
         """Whether a parameter, buffer or module is another object than it was."""
