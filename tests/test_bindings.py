@@ -263,6 +263,25 @@ def test_what_is_not_a_tensor_has_no_version() -> None:
             _C.version_sum(tensors, attribute)
 
 
+def test_tables_that_hold_the_same_again_are_unchanged() -> None:
+    version, tensor, other = inspect.getattr_static(torch.Tensor, "_version"), torch.ones(2), torch.ones(2)
+    tables = ({"weight": tensor}, {})
+    known = (tables, _C.table_tags(tables), (tensor,), (tensor,), version, b"", 0)
+    assert _C.unchanged(*known)
+    tables[0]["weight"] = other
+    assert not _C.unchanged(*known)
+    tables[0]["weight"] = tensor
+    assert _C.unchanged(*known)
+    tables[1]["bias"] = other
+    assert not _C.unchanged(*known)
+    del tables[1]["bias"]
+    assert _C.unchanged(*known)
+    tensor.mul_(2)
+    assert not _C.unchanged(*known)
+    with pytest.raises(TypeError, match="dicts"):
+        _C.table_tags((5,))
+
+
 @pytest.mark.parametrize("what", ("steps", "plans"))
 def test_wrong_descriptions_are_refused_without_harm(what: str) -> None:
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_bindings as t; print(t.fuzz({what!r}, 0, 1000))"

@@ -57,6 +57,35 @@ def test_a_model_in_eval_mode_is_served_by_the_engine_at_once(shared) -> None:
     assert_runs_on_engine_as(shared, images(), shared.model(images()))
 
 
+def test_hooks_on_the_model_run() -> None:
+    dm, seen = wrap(), []
+    handles = [
+        dm.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        dm.register_forward_hook(lambda module, args, output: seen.append(output)),
+        nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module)),
+    ]
+    got = dm(images())
+    assert torch.allclose(got, dm.model(2 * images()), rtol=1e-4, atol=1e-4)
+    assert any(x is got for x in seen) and any(x is dm for x in seen)
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    assert torch.allclose(dm(images()), dm.model(images()), rtol=1e-4, atol=1e-4) and not seen
+
+
+def test_shapes_and_layouts_seen_before_are_told_apart() -> None:
+    dm = wrap()
+    for _ in range(2):
+        for x in (images(1), images(3), images(2).double(), images(2, 20), images(2).to(memory_format=torch.channels_last)):
+            if x.dtype is torch.float32:
+                assert torch.allclose(dm(x), dm.model(x), rtol=1e-4, atol=1e-4)
+            else:
+                with pytest.raises(InputError):
+                    dm(x)
+        with pytest.raises(InputError, match="dense"):
+            dm(images(3).to_sparse())
+
+
 def test_without_example_inputs_the_first_call_captures() -> None:
     dm = DynamicModel(models.build("basic"))
     assert "not captured yet" in repr(dm)

@@ -70,6 +70,19 @@ def test_keywords_output_classes_and_the_models_attributes(classifier) -> None:
         _ = classifier.no_such_thing
 
 
+def test_an_encoder_of_one_layer_whose_branch_begins_with_its_own_mask() -> None:
+    config = transformers.BertConfig(**SIZES | {"num_hidden_layers": 1}, intermediate_size=64)
+    dm = DynamicModel(transformers.BertModel(config).eval(), {"input_ids": ids(2, 6)})
+    branch = next(site.name for site in dm.sites if site.kind == "branch")
+    assert branch in [site.name for site in dm.plan.sites]
+    got, want = dm(input_ids=ids(3, 6, 1)), dm.model(input_ids=ids(3, 6, 1))
+    assert torch.allclose(got.last_hidden_state, want.last_hidden_state, atol=1e-5)
+    lists = {branch: [[0], [], [0]]}
+    engine, hooked = (dm.run_with_active(input_ids=ids(3, 6, 1), active=lists, backend=name) for name in ("engine", "hooked"))
+    assert torch.allclose(engine.last_hidden_state, hooked.last_hidden_state, atol=1e-5)
+    assert not torch.allclose(engine.last_hidden_state[1], want.last_hidden_state[1], atol=1e-3)
+
+
 def test_a_pipeline_runs_on_the_engine(classifier) -> None:
     before = classifier.stats().inferences
     texts = ["good film", "bad bad film"]

@@ -78,8 +78,9 @@ def _walk(draft: Draft) -> None:
     for node in draft.graph.nodes:
         if node.op == "constant":
             draft.values[node] = ConstantValue(node.tensor)
-        elif node.op != "input" and node not in draft.values:
-            gates.before(node)
+            continue
+        gates.before(node)  # of one too whose value is known: a branch may begin with a mask that only it reads
+        if node.op != "input" and node not in draft.values:
             draft.values[node] = _value_of(draft, node)
             products.follow_indices(draft, node)
 
