@@ -13,7 +13,7 @@ namespace {
 
 // After an inference nothing of this is in a cache any more, and all of it hangs on chains of pointers. So each link is fetched this many
 // objects before it is followed, the next one half as many before.
-constexpr Py_ssize_t kAhead = 16;
+constexpr Py_ssize_t kAhead = 64;
 constexpr size_t kKeysBytes = 160;   // of a dict of a few entries
 constexpr size_t kObjectBytes = 48;  // of a tensor's Python object
 // Of what stands behind it, up to the pointer to its version counter, by the layout of torch 2.13. Where another release has something
