@@ -131,8 +131,8 @@ struct PointwiseArgs {
 struct Bf16TilesArgs {
   int64_t tiles;
   int64_t k;
-  const uint16_t* weight;  // [tile][column][kPackedRows]
-  int64_t tile_stride;
+  const uint16_t* weight;  // [tile][column][kPackedRows]; where items are pairs, [tile][pair of columns][kPackedRows][2]
+  int64_t tile_stride;     // a multiple of kPackedRows, of pairs an even one
   const int32_t* tile_index;
   const int32_t* column;
   uint32_t* items;

@@ -37,20 +37,45 @@ inline void store_pairs(uint32_t* p, Vec low, Vec high) {
   _mm512_storeu_si512(p, weave((__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)));
 }
 
+// Which words of two vectors of pairs make an item: of the first the one of a column, even or odd, and of the second likewise.
+struct PairOrders {
+  alignas(64) uint16_t word[2][2][32];
+};
+constexpr PairOrders make_pair_orders() {
+  PairOrders orders{};
+  for (int first = 0; first < 2; ++first) {
+    for (int second = 0; second < 2; ++second) {
+      for (int i = 0; i < 16; ++i) {
+        orders.word[first][second][2 * i] = static_cast<uint16_t>(2 * i + first);
+        orders.word[first][second][2 * i + 1] = static_cast<uint16_t>(32 + 2 * i + second);
+      }
+    }
+  }
+  return orders;
+}
+constexpr PairOrders kPairOrders = make_pair_orders();
+
 void bf16_tiles(const Bf16TilesArgs& a) {
-  const auto column = [&a](const uint16_t* tile, int64_t j) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + a.column[j] * kPackedRows));
-  };
+  const auto pair_of = [](const uint16_t* tile, uint32_t column) { return tile + column / 2 * (2 * kPackedRows); };
   for (int64_t t = 0; t < a.tiles; ++t) {
     const uint16_t* tile = a.weight + a.tile_index[t] * a.tile_stride;
     const uint16_t* next = a.weight + a.tile_index[t + 1 < a.tiles ? t + 1 : t] * a.tile_stride;
     uint32_t* items = a.items + t * a.item_stride;
     int64_t j = 0;
     for (; j + 1 < a.k; j += 2, items += kPackedRows) {
-      __builtin_prefetch(next + a.column[j] * kPackedRows, 0, 2);
-      _mm512_storeu_si512(items, weave(_mm512_inserti64x4(_mm512_castsi256_si512(column(tile, j)), column(tile, j + 1), 1)));
+      const auto first = static_cast<uint32_t>(a.column[j]);
+      const auto second = static_cast<uint32_t>(a.column[j + 1]);
+      __builtin_prefetch(pair_of(next, first), 0, 2);
+      __builtin_prefetch(pair_of(next, second), 0, 2);
+      const __m512i order = _mm512_load_si512(kPairOrders.word[first % 2][second % 2]);
+      const __m512i low = _mm512_loadu_si512(pair_of(tile, first));
+      _mm512_storeu_si512(items, _mm512_permutex2var_epi16(low, order, _mm512_loadu_si512(pair_of(tile, second))));
     }
-    if (j < a.k) _mm512_storeu_si512(items, _mm512_cvtepu16_epi32(column(tile, j)));
+    if (j < a.k) {
+      const auto last = static_cast<uint32_t>(a.column[j]);
+      const __m512i order = _mm512_load_si512(kPairOrders.word[last % 2][0]);
+      _mm512_storeu_si512(items, _mm512_permutex2var_epi16(_mm512_loadu_si512(pair_of(tile, last)), order, _mm512_setzero_si512()));
+    }
   }
 }
 

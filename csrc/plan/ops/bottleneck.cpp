@@ -235,8 +235,8 @@ class BottleneckOp final : public Op, public Compensated {
       convolved_ = (channels_ + channel_parts_ - 1) / channel_parts_;
     }
     for (int64_t i = 0; i < std::max(channels_, expand_.in_channels); ++i) columns_.push_back(static_cast<int32_t>(i));
-    if (expand_.bf16) expand_bf16_.emplace(expand_.weight, channels_, expand_.in_channels, expand_.in_channels, expand_.in_site < 0, kernels_);
-    if (project_.bf16) project_bf16_.emplace(project_.weight, project_.out_channels, channels_, convolved_, false, kernels_);
+    if (expand_.bf16) expand_bf16_.emplace(expand_.weight, channels_, expand_.in_channels, expand_.in_channels, kernels_);
+    if (project_.bf16) project_bf16_.emplace(project_.weight, project_.out_channels, channels_, convolved_, kernels_);
     const int64_t max_width = int64_t{kernels_.gemm_max_vectors} * kernels_.lanes;
     layout_.zeros = 0;
     layout_.stage = align(window.in_width);
@@ -276,7 +276,8 @@ class BottleneckOp final : public Op, public Compensated {
     inputs.columns = expand_.in_site < 0 ? columns_.data() : run.active(expand_.in_site, sample).index;
     inputs.bias = fill_bias(run, sample, expand_, expand_compensation_, chunk.channels, scratch + layout_.expand_bias);
     if (expand_bf16_) {
-      inputs.product = expand_bf16_->select(chunk.index, chunk.channels, inputs.columns, inputs.count, scratch + layout_.expand_weight);
+      const int64_t first = inputs.count == expand_.in_channels ? 0 : -1;
+      inputs.product = expand_bf16_->select(chunk.index, chunk.channels, inputs.columns, inputs.count, first, scratch + layout_.expand_weight);
     }
     const int64_t first = chunk.band->first_in * map_.window().in_width;
     float* panel = scratch + layout_.inputs;
@@ -356,7 +357,9 @@ class BottleneckOp final : public Op, public Compensated {
       return;
     }
     auto* panel = reinterpret_cast<uint32_t*>(scratch + layout_.panel);
-    Bf16GemmArgs product = project_bf16_->select(rows, {0, num_rows}, columns, count, scratch + layout_.project_weight);
+    const bool all_run = std::min(run.num_active(site_, sample, channels_), channels_) == channels_;
+    Bf16GemmArgs product =
+        project_bf16_->select(rows, {0, num_rows}, columns, count, all_run ? channels.begin : -1, scratch + layout_.project_weight);
     product.panel = panel;
     product.out_stride = out_stride_;
     product.accumulate = accumulate;

@@ -44,7 +44,7 @@ class ConvOp final : public Op, public Compensated {
     const ChunkGrid grid = make_chunk_grid(shape, tiles, pack_cycles, num_threads, bf16 ? kernels.bf16_per_item : 1);
     layout_.emplace(ConvLayout{kernels, shape, x, std::move(patches), {shape, std::move(tiles), grid, kernels.lanes}});
     product_ = sparse ? make_sparse_product(*layout_, weight_, spec_.in_site >= 0)
-               : bf16 ? make_bf16_product(*layout_, weight_, kernels.bf16_per_item == 2 && spec_.in_site < 0)
+               : bf16 ? make_bf16_product(*layout_, weight_)
                       : make_dense_product(*layout_, weight_, reader.integer("packed", 1) != 0);
     by_means_ = shape.taps() == 1 && shape.groups == 1 && reader.integer("phases", 1) == 1 && product_->takes_means();
   }

@@ -14,8 +14,10 @@ constexpr int64_t kStage = 64;
 
 class Bf16Product final : public ConvProduct {
  public:
-  Bf16Product(const ConvLayout& layout, const float* weight, bool pairs)
-      : ConvProduct(layout), weight_(weight, layout.shape.out_channels, layout.columns(), layout.shape.groups, pairs), columns_(layout.columns()) {
+  Bf16Product(const ConvLayout& layout, const float* weight)
+      : ConvProduct(layout),
+        weight_(weight, layout.shape.out_channels, layout.columns(), layout.shape.groups, layout.kernels.bf16_per_item),
+        columns_(layout.columns()) {
     std::iota(columns_.begin(), columns_.end(), 0);
   }
 
@@ -31,7 +33,7 @@ class Bf16Product final : public ConvProduct {
   // Of the scratch: the offsets of columns, of rows and of tiles, the weights woven for a block, the panel, and what is not rounded yet.
   int64_t rows_offset() const { return align(kBlock); }
   int64_t items_offset() const { return rows_offset() + align(2 * layout_.chunks.max_rows()); }
-  int64_t panel_offset() const { return items_offset() + (weight_.pairs() ? 0 : max_tiles() * item_stride()); }
+  int64_t panel_offset() const { return items_offset() + max_tiles() * item_stride(); }
   int64_t stage_offset() const { return panel_offset() + kBlock * max_width(); }
   int64_t max_width() const { return (layout_.kernels.gemm_max_vectors + 1) * layout_.kernels.lanes; }
   int64_t max_tiles() const { return std::min(layout_.chunks.max_rows(), layout_.shape.groups * packed_groups().tiles()); }
@@ -54,15 +56,16 @@ class Bf16Product final : public ConvProduct {
     product.row_offset = row_offset;
     product.panel = panel;
     product.out_stride = chunk.width;
-    const int64_t num_tiles = weight_.place_rows(chunk.index, rows, item_stride(), max_tiles(), row_offset, tile_index);
+    const bool in_weight = (task.in_index == nullptr || task.in_count == layout_.shape.in_channels) && weight_.has_items(0, layout_.columns());
+    const int64_t num_tiles = weight_.place_rows(chunk.index, rows, in_weight, item_stride(), max_tiles(), row_offset, tile_index);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range pairs = part_of((reduction + 1) / 2, block, blocks);
       const Range k{2 * pairs.begin, std::min(2 * pairs.end, reduction)};
       product.items = (k.end - k.begin + per_item - 1) / per_item;
       product.accumulate = block > 0;
       product.out = task.sums + (rows.begin - chunk.rows.begin) * chunk.width;
-      if (weight_.pairs()) {
-        product.weight = weight_.items() + pairs.begin * kPackedRows;
+      if (in_weight) {
+        product.weight = weight_.items(k.begin);
       } else {
         const int32_t* columns = columns_.data() + k.begin;
         if (task.in_index != nullptr) {
@@ -79,7 +82,7 @@ class Bf16Product final : public ConvProduct {
         product.tail = tile.tail;
         product.panel_stride = tile.packed_vectors() * kernels.lanes;
         pack(planes, t, k, panel, stage);
-        if (t + 1 == chunk.tiles.end && weight_.pairs()) product.next = next_of(chunk, rows, 2 * pairs.end < reduction ? pairs.end : 0);
+        if (t + 1 == chunk.tiles.end && in_weight) product.next = next_of(chunk, rows, 2 * pairs.end < reduction ? pairs.end : 0);
         kernels.bf16_gemm(product);
         product.out += product.panel_stride;
       }
@@ -96,7 +99,7 @@ class Bf16Product final : public ConvProduct {
   const uint32_t* next_of(const ConvChunk& chunk, Range rows, int64_t next_pair) const {
     const int64_t row = next_pair > 0 || !layout_.chunks.rows_first() ? rows.begin : rows.end;
     if (row >= chunk.all_rows) return nullptr;
-    return weight_.items() + weight_.first_item(packed_groups().packed_row(chunk.channel(row))) + next_pair * kPackedRows;
+    return weight_.items(2 * next_pair) + weight_.first_item(packed_groups().packed_row(chunk.channel(row)));
   }
 
   // items[j] = item j of a panel of one position.
@@ -135,8 +138,8 @@ class Bf16Product final : public ConvProduct {
 
 }  // namespace
 
-std::unique_ptr<ConvProduct> make_bf16_product(const ConvLayout& layout, const float* weight, bool pairs) {
-  return std::make_unique<Bf16Product>(layout, weight, pairs);
+std::unique_ptr<ConvProduct> make_bf16_product(const ConvLayout& layout, const float* weight) {
+  return std::make_unique<Bf16Product>(layout, weight);
 }
 
 }  // namespace dynprune

@@ -73,8 +73,7 @@ class ConvProduct {
 // Of `weight`, [out_channels][group_inputs * taps]; the layout and the weight must live as long.
 // `packed`: keep a copy of the weight in the order in which a product of many rows reads it.
 std::unique_ptr<ConvProduct> make_dense_product(const ConvLayout& layout, const float* weight, bool packed);
-// `pairs`: weave the columns when the plan is built, for inputs of which all run.
-std::unique_ptr<ConvProduct> make_bf16_product(const ConvLayout& layout, const float* weight, bool pairs);
+std::unique_ptr<ConvProduct> make_bf16_product(const ConvLayout& layout, const float* weight);
 // `gated`: inputs may come in lists.
 std::unique_ptr<ConvProduct> make_sparse_product(const ConvLayout& layout, const float* weight, bool gated);
 
