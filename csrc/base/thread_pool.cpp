@@ -11,8 +11,10 @@
 namespace dynprune {
 namespace {
 
-// How long a helper looks for the next job before it sleeps: longer than the Python code before a call, shorter than a time slice.
-constexpr int64_t kSpinNs = 250'000;
+// How long a helper looks for the next job after one, before it sleeps, and for one that it was told to expect: longer than the Python code
+// between two calls of a small model, and before a call of a large one, which finds no cache warm. Shorter than a time slice.
+constexpr int64_t kSpinNs = 100'000;
+constexpr int64_t kExpectNs = 250'000;
 
 // More would only wait for a core.
 constexpr int kMaxHelpers = 255;
@@ -77,17 +79,17 @@ std::shared_ptr<Job> ThreadPool::join(int* slot) {
 
 void ThreadPool::help() {
   const FlushDenormals flush;
-  int64_t idle_since = now_ns();
+  int64_t awake_until = now_ns() + kSpinNs;
   for (;;) {
     const uint64_t seen = published_.load(std::memory_order_acquire);
     int slot = 0;
     if (std::shared_ptr<Job> job = join(&slot)) {
       job->work(slot);
-      idle_since = now_ns();
+      awake_until = now_ns() + kSpinNs;
       continue;
     }
     while (published_.load(std::memory_order_acquire) == seen) {
-      if (now_ns() - idle_since < kSpinNs) {
+      if (now_ns() < awake_until) {
         pause();
         continue;
       }
@@ -96,7 +98,7 @@ void ThreadPool::help() {
       wake_.wait(lock, [&] { return published_.load(std::memory_order_acquire) != seen; });
       --sleeping_;
     }
-    idle_since = now_ns();
+    awake_until = now_ns() + kExpectNs;
   }
 }
 

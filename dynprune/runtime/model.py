@@ -118,7 +118,7 @@ class DynamicModel(Captured):
         due_ns = FAR_NS if deadline is None else due_at_ns(deadline)
         if self._example is not None and not is_plain_call(args, kwargs):
             return self._run_in_pytorch(args, kwargs, began_ns, due_ns)
-        if self._num_threads > 1 and not self.training:
+        if not self.training and (self._num_threads if self._controller is None else self._controller.threads) > 1:
             expect_run()
         gates = deadline is not None or self._level > 0 or self._controller is not None or self._monitor is not None
         try:
