@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dynprune.control.frontier import Frontier, OperatingPoint
 from dynprune.errors import InputError
 from dynprune.runtime.costs import CostTable, plan_signature
+from dynprune.runtime.engine import Execution
 from dynprune.runtime.model import DynamicModel
 
 TESTS = Path(__file__).parent
@@ -388,8 +389,9 @@ def test_a_run_that_the_guard_raises_from_level_0_computes_what_its_lists_say(nu
     engine, whole = dm.engine_for(x), dm.model(x)
     for share in (0.0, 0.5, 0.9):
         due_ns = time.monotonic_ns() + int(1e12 * len(dm.plan.steps) * share)
-        (raised,), done = engine.run([x], deadline_ns=due_ns, num_threads=num_threads)
-        workspace = engine._acquire(1)  # the same one, as that run left it
+        workspace = engine._acquire(1)
+        (raised,) = engine._execute(workspace, [x], 1, 0.0, due_ns, 1.0, None, num_threads)
+        done = Execution._make(workspace.executed())
         assert done.level > 0 and done.guard_actions >= 1 and 0 < done.counts.sum() < sum(site.num_channels for site in dm.plan.sites)
         lists = {site.name: [workspace.active(i, 0)] for i, site in enumerate(dm.plan.sites)}
         engine._compiled.release(workspace)
