@@ -63,6 +63,9 @@ struct Range {
 inline Range part_of(int64_t total, int64_t part, int64_t parts) {
   return {total * part / parts, total * (part + 1) / parts};
 }
+
+// Floats rounded up to whole cache lines, for what lies in scratch.
+inline int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
 // In how many parts to cut the `count` of `total` rows that run, where all make `parts`: in parts as long as those, but at least `least`.
 inline int64_t parts_of_some(int64_t count, int64_t total, int64_t parts, int64_t least) {
   return std::max(least, (count * parts + total - 1) / total);

@@ -28,8 +28,6 @@ constexpr int64_t kMaxConvolvedFloats = 48 * 1024;
 // Packing is an eighth of an expansion of so many rows, at the speed of f32.
 constexpr int64_t kMinPackedRows = 24;
 
-int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
-
 // A 1x1 convolution, its constants by true channel.
 struct Pointwise {
   Rows in, out;
@@ -276,8 +274,8 @@ class BottleneckOp final : public Op, public Compensated {
     inputs.columns = expand_.in_site < 0 ? columns_.data() : run.active(expand_.in_site, sample).index;
     inputs.bias = fill_bias(run, sample, expand_, expand_compensation_, chunk.channels, scratch + layout_.expand_bias);
     if (expand_bf16_) {
-      const int64_t first = inputs.count == expand_.in_channels ? 0 : -1;
-      inputs.product = expand_bf16_->select(chunk.index, chunk.channels, inputs.columns, inputs.count, first, scratch + layout_.expand_weight);
+      inputs.product = expand_bf16_->select(chunk.index, chunk.channels, inputs.columns, inputs.count,
+                                            inputs.count == expand_.in_channels ? 0 : -1, scratch + layout_.expand_weight);
     }
     const int64_t first = chunk.band->first_in * map_.window().in_width;
     float* panel = scratch + layout_.inputs;
@@ -357,7 +355,7 @@ class BottleneckOp final : public Op, public Compensated {
       return;
     }
     auto* panel = reinterpret_cast<uint32_t*>(scratch + layout_.panel);
-    const bool all_run = std::min(run.num_active(site_, sample, channels_), channels_) == channels_;
+    const bool all_run = run.num_active(site_, sample, channels_) >= channels_;
     Bf16GemmArgs product =
         project_bf16_->select(rows, {0, num_rows}, columns, count, all_run ? channels.begin : -1, scratch + layout_.project_weight);
     product.panel = panel;

@@ -142,7 +142,6 @@ class ConvOp final : public Op, public Compensated {
   }
 
   // Of the scratch: the sums, the bias of each row, and what the product needs.
-  static int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
   int64_t bias_offset() const { return align(layout_->chunks.max_rows() * layout_->chunks.max_width()); }
   int64_t product_offset() const { return bias_offset() + align(layout_->chunks.max_rows()); }
 

@@ -56,7 +56,7 @@ class Bf16Product final : public ConvProduct {
     product.row_offset = row_offset;
     product.panel = panel;
     product.out_stride = chunk.width;
-    const bool in_weight = (task.in_index == nullptr || task.in_count == layout_.shape.in_channels) && weight_.has_items(0, layout_.columns());
+    const bool in_weight = task.in_count == layout_.shape.in_channels && weight_.has_items(0, layout_.columns());
     const int64_t num_tiles = weight_.place_rows(chunk.index, rows, in_weight, item_stride(), max_tiles(), row_offset, tile_index);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range pairs = part_of((reduction + 1) / 2, block, blocks);

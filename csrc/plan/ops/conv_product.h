@@ -36,8 +36,6 @@ class ConvProduct {
  protected:
   explicit ConvProduct(const ConvLayout& layout) : layout_(layout) {}
 
-  static int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
-
   // Calls part(rows, inputs, group) for the rows of the chunk that belong to a group, and the active inputs that they read, in turn.
   template <class Part>
   void in_groups(const ConvTask& task, const Part& part) const {

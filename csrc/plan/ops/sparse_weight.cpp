@@ -5,8 +5,6 @@
 namespace dynprune {
 namespace {
 
-int64_t align(int64_t floats) { return (floats + 15) / 16 * 16; }
-
 // A panel of 128 x 64 floats stays in a first-level cache, which a row that reads its panel rows in no order needs more than a dense
 // one. Where a row has few nonzeros in so short a block, loading and storing its sums costs more than that, so blocks grow to 384.
 constexpr int64_t kMinBlock = 128;

@@ -19,7 +19,6 @@ constexpr int64_t kUnit = 8;  // output columns of a unit
 constexpr int64_t kBlockRows = 2 * kPackedRows;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align(int64_t floats) { return divide_up(floats, 16) * 16; }
 // A stride of an odd number of cache lines, so that rows a power of two apart do not fall into one set of the cache.
 int64_t odd_lines(int64_t floats) { return (divide_up(floats, 16) | 1) * 16; }
 
